@@ -1,0 +1,542 @@
+"""LAMB: an audio encoder, the Two-Stream Adapter, the Cross-Modal Aligner, an LLM and the Token Guide."""
+
+import inspect
+from contextlib import nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    Cache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    SuppressTokensLogitsProcessor,
+)
+from transformers import initialization as init
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import _get_resolved_checkpoint_files
+from transformers.utils import ModelOutput, can_return_tuple, torch_compilable_check
+
+from .audio_encoders import audio_backbone_state_dict, build_audio_encoder, encode_audio
+from .caption_loss import caption_losses
+from .configuration_lamb import LambConfig
+from .cross_modal_aligner import CrossModalAligner, masked_mean
+from .token_guide import TokenGuide, TokenGuideLogitsProcessor
+from .two_stream_adapter import ADAPTERS, QFormerAdapter, QueryAttention
+
+# How the backbones of a small checkpoint are downloaded: as the checkpoint itself.
+_download_options: ContextVar[dict[str, Any]] = ContextVar("download_options", default={})
+
+
+@dataclass
+class LambOutput(ModelOutput):
+    """
+    Output of [`LambForAudioCaptioning`]. The loss terms are unweighted scalars, present when `labels` are given.
+
+    Args:
+        loss: L_total (Eq. 14).
+        decoder_loss, guided_loss: L_dec and L_tg, the cross-entropy of the original and of the guided logits (Eq. 13).
+        cs_global_loss, cs_token_loss, info_nce_loss: the aligner's terms (Eq. 6-8).
+        modality_gap, modality_cosine: mean distance and cosine of z_a_bar and z_t_bar (Table 2), without gradient.
+        logits: unguided logits, `(batch, length, vocab_size)`; with `labels`, of the positions that predict them only.
+        audio_embeds: z_a by row of `input_ids`, `(batch, placeholders, text_hidden)`.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    audio_embeds: Tensor | None = None
+    decoder_loss: Tensor | None = None
+    guided_loss: Tensor | None = None
+    cs_global_loss: Tensor | None = None
+    cs_token_loss: Tensor | None = None
+    info_nce_loss: Tensor | None = None
+    modality_gap: Tensor | None = None
+    modality_cosine: Tensor | None = None
+
+
+class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
+    """
+    LAMB audio captioning model: `processor(audio=...)` in, caption tokens out of `generate`.
+
+    Weights are saved *small* when the config names the backbones (`audio_model_id`, `text_model_id`): the adapter, LoRA,
+    beta and whatever else was trained; a named, frozen backbone is read again from where it came. Otherwise, or with
+    `save_pretrained(..., save_backbones=True)`, the checkpoint holds everything. `from_pretrained` takes either.
+    """
+
+    config: LambConfig
+    base_model_prefix = "lamb"
+    input_modalities = ("audio", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict = ["token_guide", "aligner"]
+    _backbones = {"audio_encoder": "audio_model_id", "language_model": "text_model_id"}
+
+    def __init__(self, config: LambConfig) -> None:
+        super().__init__(config)
+        self.audio_encoder = build_audio_encoder(config.audio_config)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        text_hidden_size = self.get_input_embeddings().embedding_dim
+        self.adapter = ADAPTERS[config.adapter_type](config, config.audio_hidden_size, text_hidden_size)
+        self.aligner = CrossModalAligner(config, text_hidden_size)
+        self.token_guide = TokenGuide(config)
+        text_config = config.get_text_config()
+        self.generation_config = GenerationConfig(
+            bos_token_id=getattr(text_config, "bos_token_id", None),
+            eos_token_id=getattr(text_config, "eos_token_id", None),
+            pad_token_id=getattr(text_config, "pad_token_id", None),
+        )
+        _inject_lora(self.language_model, config.peft_config)
+        _inject_lora(self.audio_encoder, config.audio_peft_config)
+        self.post_init()
+        self.freeze_backbones()
+
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_output_embeddings(value)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
+    def token_embeddings(self) -> Tensor:
+        """v of Eq. 12, `(vocab_size, text_hidden)`: what the LLM looks up for every token."""
+        table = self.get_input_embeddings()
+        if type(table) is nn.Embedding and not hasattr(table.weight, "ds_id"):
+            return table.weight
+        # A scaled table (Gemma) or one that is sharded outside its own forward (ZeRO-3).
+        return table(torch.arange(table.num_embeddings, device=self.device))
+
+    def freeze_backbones(self) -> None:
+        """Fixes the backbones' own weights as the config says, and beta where nothing would train it."""
+        for name, frozen in (
+            ("audio_encoder", self.config.freeze_audio_encoder),
+            ("language_model", self.config.freeze_text_model),
+        ):
+            for key, parameter in getattr(self, name).named_parameters():
+                if parameter.is_floating_point():
+                    parameter.requires_grad_("lora_" in key or not frozen)
+        guided = self.config.guide_metric != "none" and self.config.guided_loss_weight != 0
+        self.token_guide.beta.requires_grad_(guided)
+
+    def train(self, mode: bool = True) -> "LambForAudioCaptioning":
+        """As in torch, except that the BatchNorm statistics and dropout of a frozen encoder stay as in evaluation."""
+        super().train(mode)
+        if mode and self.config.freeze_audio_encoder:
+            for module in self.audio_encoder.modules():
+                if self.config.audio_peft_config is None or isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.training = False
+        return self
+
+    def merge_adapters(self) -> "LambForAudioCaptioning":
+        """Adds the LoRA updates into the backbones' weights, for good; the model then saves as a full checkpoint."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for backbone, setting in (("language_model", "peft_config"), ("audio_encoder", "audio_peft_config")):
+            parent = getattr(self, backbone)
+            for name, module in list(parent.named_modules()):
+                if isinstance(module, BaseTunerLayer):
+                    module.merge(safe_merge=True)
+                    parent.set_submodule(name, module.get_base_layer())
+            if getattr(self.config, setting) is not None:
+                setattr(self.config, setting, None)
+                setattr(self.config, self._backbones[backbone], None)  # its weights are no longer the published ones
+        return self
+
+    # -- audio to embeddings -------------------------------------------------------------------------------------------
+
+    @can_return_tuple
+    def get_audio_features(
+        self,
+        input_features: Tensor | None = None,
+        input_features_mask: Tensor | None = None,
+        audio_hidden_states: Tensor | None = None,
+        audio_hidden_mask: Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """
+        Args:
+            input_features: log-mel `(clips, mel, frames)`.
+            input_features_mask: `(clips, frames)`, 1 at real frames.
+            audio_hidden_states, audio_hidden_mask: instead of features, tokens of a frozen encoder that were computed
+                before: `(clips, steps, bands, encoder_hidden)` and `(clips, steps)`.
+
+        Returns:
+            `pooler_output`: z_a `(clips, num_audio_tokens, text_hidden)`; `last_hidden_state`: the encoder's tokens
+            `(clips, steps * bands, encoder_hidden)`.
+        """
+        if audio_hidden_states is None:
+            frozen = self.config.freeze_audio_encoder and self.config.audio_peft_config is None
+            with torch.no_grad() if frozen else nullcontext():
+                audio_hidden_states, audio_hidden_mask = encode_audio(
+                    self.audio_encoder, input_features, input_features_mask, **kwargs
+                )
+        tokens = audio_hidden_states.to(self.adapter.output_proj.weight.dtype)
+        if audio_hidden_mask is None:
+            audio_hidden_mask = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=tokens.flatten(1, 2), pooler_output=self.adapter(tokens, audio_hidden_mask.bool())
+        )
+
+    def _embeds_by_row(self, audio_embeds: Tensor, input_ids: Tensor) -> Tensor:
+        """z_a by clip `(clips, num_audio_tokens, D)` -> by row of input_ids `(batch, placeholders, D)`, zero-padded."""
+        counts = (input_ids == self.config.audio_token_id).sum(1)
+        clips, length, width = audio_embeds.shape
+        torch_compilable_check(
+            counts.sum() == clips * length,
+            lambda: (
+                f"input_ids hold {counts.tolist()} audio placeholders (id {self.config.audio_token_id}) by row, but there are "
+                f"{clips} clips of {length} audio embeddings each: give {length} placeholders per clip, as the processor does."
+            ),
+        )
+        if clips == len(counts) and (torch.compiler.is_compiling() or bool((counts == length).all())):
+            return audio_embeds
+        slots = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
+        rows = audio_embeds.new_zeros(*slots.shape, width)
+        return rows.masked_scatter(slots[..., None], audio_embeds.flatten(0, 1))
+
+    def _merge_embeds(self, input_ids: Tensor, audio_embeds: Tensor | None) -> Tensor:
+        """Token embeddings with each row's z_a at its placeholders, `(batch, length, D)`."""
+        is_audio = input_ids == self.config.audio_token_id
+        # The placeholder's own id is never looked up: it may lie beyond the table.
+        inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_audio, 0))
+        if audio_embeds is None:
+            return inputs_embeds
+        torch_compilable_check(
+            is_audio.sum(1).max() == audio_embeds.shape[1],
+            lambda: f"audio_embeds of shape {tuple(audio_embeds.shape)} do not fit {is_audio.sum(1).tolist()} placeholders.",
+        )
+        slot = (is_audio.cumsum(1) - 1).clamp(min=0)[..., None].expand(-1, -1, audio_embeds.shape[-1])
+        placed = audio_embeds.to(inputs_embeds.dtype).gather(1, slot)
+        return torch.where(is_audio[..., None], placed, inputs_embeds)
+
+    def _guide_bias(self, audio_embeds: Tensor, audio_mask: Tensor) -> Tensor | None:
+        """Guide scores by row `(batch, vocab_size)`, 0 for rows without audio; None where the guide is off."""
+        z_a_bar = masked_mean(audio_embeds, audio_mask)[:, None]
+        scores = self.token_guide(z_a_bar, self.token_embeddings())
+        return None if scores is None else scores * audio_mask.any(1, keepdim=True)
+
+    # -- forward -------------------------------------------------------------------------------------------------------
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        input_features: Tensor | None = None,
+        input_features_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        audio_embeds: Tensor | None = None,
+        audio_hidden_states: Tensor | None = None,
+        audio_hidden_mask: Tensor | None = None,
+        clip_ids: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs,
+    ) -> LambOutput:
+        r"""
+        Args:
+            input_ids: `(batch, length)`, with `num_audio_tokens` placeholders for each clip.
+            input_features: log-mel of all clips, in the order of their placeholders, `(clips, mel, frames)`.
+            input_features_mask: `(clips, frames)`, 1 at real frames.
+            labels: `(batch, length)`, the caption's tokens and EOS in their places, -100 elsewhere.
+            audio_embeds: z_a by row, as this returns it, instead of features.
+            audio_hidden_states, audio_hidden_mask: the encoder's tokens, as [`get_audio_features`] takes them.
+            clip_ids: `(batch,)` integers; captions of one clip are not each other's negatives in InfoNCE.
+            num_items_in_batch: caption tokens of all accumulated batches, from the Trainer.
+
+        Raises:
+            ValueError: when placeholders and audio embeddings do not match, or labels come without audio.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either input_ids or inputs_embeds.")
+        if input_ids is not None:
+            if input_features is not None or audio_hidden_states is not None:
+                clips = self.get_audio_features(
+                    input_features, input_features_mask, audio_hidden_states, audio_hidden_mask, return_dict=True
+                ).pooler_output
+                audio_embeds = self._embeds_by_row(clips, input_ids)
+            elif audio_embeds is None and (past_key_values is None or past_key_values.get_seq_length() == 0):
+                torch_compilable_check(
+                    (input_ids != self.config.audio_token_id).all(),
+                    "input_ids hold audio placeholders, but no input_features were given.",
+                )
+            inputs_embeds = self._merge_embeds(input_ids, audio_embeds)
+        if labels is not None:
+            # Logits are computed only where some row has a label to predict.
+            logits_to_keep = (labels[:, 1:] != -100).any(0).nonzero()[:, 0]
+
+        keep = {"logits_to_keep": logits_to_keep} if self._decoder_slices_logits else {}
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **keep,
+            **kwargs,
+        )
+        logits = outputs.logits
+        if not keep and isinstance(logits_to_keep, Tensor):
+            logits = logits[:, logits_to_keep]
+        losses = {}
+        if labels is not None:
+            shifted = labels[:, 1:][:, logits_to_keep].to(logits.device)
+            losses = self._losses(logits, shifted, labels, input_ids, audio_embeds, clip_ids, num_items_in_batch)
+        return LambOutput(
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            audio_embeds=audio_embeds,
+            **losses,
+        )
+
+    @property
+    def _decoder_slices_logits(self) -> bool:
+        return "logits_to_keep" in inspect.signature(type(self.language_model).forward).parameters
+
+    def _losses(
+        self,
+        logits: Tensor,
+        shifted: Tensor,
+        labels: Tensor,
+        input_ids: Tensor | None,
+        audio_embeds: Tensor | None,
+        clip_ids: Tensor | None,
+        num_items: Tensor | int | None,
+    ) -> dict[str, Tensor]:
+        config = self.config
+        if audio_embeds is None or input_ids is None:
+            decoder_loss, _ = caption_losses(logits, shifted, num_items=num_items)
+            return {"loss": config.decoder_loss_weight * decoder_loss, "decoder_loss": decoder_loss}
+
+        counts = (input_ids == config.audio_token_id).sum(1)
+        audio_mask = torch.arange(audio_embeds.shape[1], device=counts.device) < counts[:, None]
+        scores = self._guide_bias(audio_embeds, audio_mask)
+        bias = None if scores is None else self.token_guide.beta * scores  # Eq. 12
+        decoder_loss, guided_loss = caption_losses(logits, shifted, bias, num_items)
+        caption_mask = labels != -100
+        if self.generation_config.eos_token_id is not None:  # z_t is the caption itself, without EOS
+            eos = torch.as_tensor(self.generation_config.eos_token_id, device=labels.device)
+            caption_mask &= ~torch.isin(labels, eos)
+        z_t = self.get_input_embeddings()(labels.masked_fill(~caption_mask, 0))
+        aligned = self.aligner(audio_embeds, z_t, caption_mask, audio_mask, clip_ids)
+        terms = {
+            "cs_global_loss": config.alignment_weight * config.cs_global_weight,
+            "cs_token_loss": config.alignment_weight * config.cs_token_weight,
+            "info_nce_loss": config.alignment_weight * config.info_nce_weight,
+            "guided_loss": config.guided_loss_weight if scores is not None else 0.0,
+            "decoder_loss": config.decoder_loss_weight,
+        }
+        losses = aligned | {"decoder_loss": decoder_loss, "guided_loss": guided_loss}
+        # Eq. 14 with Eq. 10; a term of weight 0 is left out, or its NaN would not be 0
+        losses["loss"] = sum(weight * losses[name] for name, weight in terms.items() if weight)
+        return losses
+
+    # -- generation ----------------------------------------------------------------------------------------------------
+
+    def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs: Any):
+        weight = kwargs.pop("token_guide_weight", None)
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        if weight is not None:
+            generation_config.token_guide_weight = weight
+        return generation_config, model_kwargs
+
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor: Tensor, model_kwargs: dict, model_input_name: str | None, generation_config: GenerationConfig
+    ) -> dict:
+        """Encodes the audio and measures the guide's distances, once per clip and before rows are repeated for beams."""
+        input_ids = inputs_tensor if model_input_name == "input_ids" else model_kwargs.get("input_ids")
+        sources = ("input_features", "input_features_mask", "audio_hidden_states", "audio_hidden_mask")
+        given = {name: model_kwargs.pop(name, None) for name in sources}
+        if input_ids is None or model_input_name != "input_ids":
+            return model_kwargs
+        if given["input_features"] is not None or given["audio_hidden_states"] is not None:
+            clips = self.get_audio_features(**given, return_dict=True).pooler_output
+            model_kwargs["audio_embeds"] = self._embeds_by_row(clips, input_ids)
+        weight = getattr(generation_config, "token_guide_weight", None)
+        audio_embeds = model_kwargs.get("audio_embeds")
+        if audio_embeds is not None and weight != 0:
+            counts = (input_ids == self.config.audio_token_id).sum(1)
+            audio_mask = torch.arange(audio_embeds.shape[1], device=counts.device) < counts[:, None]
+            with torch.no_grad():
+                model_kwargs["token_guide_scores"] = self._guide_bias(audio_embeds, audio_mask)
+        return model_kwargs
+
+    def _get_logits_processor(self, generation_config: GenerationConfig, **kwargs: Any) -> LogitsProcessorList:
+        processors = super()._get_logits_processor(generation_config, **kwargs)
+        scores = (kwargs.get("model_kwargs") or {}).pop("token_guide_scores", None)
+        if self.config.audio_token_id < self.config.get_text_config().vocab_size:
+            processors.insert(0, SuppressTokensLogitsProcessor([self.config.audio_token_id], device=self.device))
+        if scores is not None:  # first of all, since the guided logits are the model's logits
+            weight = getattr(generation_config, "token_guide_weight", None)
+            weight = self.token_guide.beta.detach() if weight is None else weight
+            renormalize = generation_config.num_beams is not None and generation_config.num_beams > 1
+            processors.insert(0, TokenGuideLogitsProcessor(scores, weight, renormalize=renormalize))
+        return processors
+
+    def prepare_inputs_for_generation(self, *args, is_first_iteration: bool | None = False, **kwargs):
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            kwargs.pop("audio_embeds", None)
+        return super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+
+    # -- weights -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (QueryAttention, QFormerAdapter)):
+            init.normal_(module.query, std=self.config.initializer_range)
+        elif isinstance(module, nn.GRU):
+            bound = module.hidden_size**-0.5
+            for parameter in module.parameters():
+                init.uniform_(parameter, -bound, bound)
+        elif isinstance(module, TokenGuide):
+            init.constant_(module.beta, float(self.config.guide_weight_init))
+        elif isinstance(module, CrossModalAligner):
+            init.zeros_(module.text_mean)
+            init.zeros_(module.batches_seen)
+
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        # To the backbones a LoRA matrix is a Linear like any other, but B must start at zero.
+        for name, module in self.named_modules():
+            if name.endswith(".lora_A.default"):
+                init.kaiming_uniform_(module.weight, a=5**0.5)
+            elif name.endswith(".lora_B.default"):
+                init.zeros_(module.weight)
+
+    @classmethod
+    def from_backbones(cls, config: LambConfig, **kwargs: Any) -> "LambForAudioCaptioning":
+        """
+        A new model: the backbones from `config.audio_model_id` and `config.text_model_id`, the rest from scratch.
+
+        Args:
+            config: with both ids; see [`LambConfig.from_backbones`].
+            kwargs: as of `from_pretrained` (`dtype`, `device_map`, `token`, ...).
+        """
+        return cls.from_pretrained(None, config=config, state_dict={}, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "LambForAudioCaptioning":
+        """As of every Transformers model; reads small and full checkpoints alike."""
+        names = ("cache_dir", "force_download", "local_files_only", "token")
+        reset = _download_options.set({name: kwargs[name] for name in names if name in kwargs})
+        try:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        finally:
+            _download_options.reset(reset)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.freeze_backbones()  # loading sets requires_grad everywhere
+        return loaded
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):  # type: ignore[override]
+        # Private, but the one place that every way of loading passes through after the model was built: here a small
+        # checkpoint is completed from its backbones, file by file and without reading what is not needed yet.
+        if state_dict is None:
+            state_dict = _lazy_state_dict(checkpoint_files)
+        for backbone, setting in LambForAudioCaptioning._backbones.items():
+            if any(key.startswith(f"{backbone}.") and "lora_" not in key for key in state_dict):
+                continue
+            model_id = getattr(model.config, setting)
+            if model_id is None:
+                raise ValueError(
+                    f"The checkpoint holds no weights of {backbone}, and config.{setting} does not say where they are: set it "
+                    "to a folder or Hub id, or save the checkpoint with save_backbones=True."
+                )
+            revision = getattr(model.config, setting.replace("_id", "_revision"))
+            state_dict = _backbone_state_dict(model, backbone, model_id, revision) | state_dict
+        return PreTrainedModel._load_pretrained_model(model, state_dict, None, load_config, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, save_backbones: bool | None = None, **kwargs: Any) -> None:
+        """
+        As of every Transformers model.
+
+        Args:
+            save_backbones: True writes a full checkpoint; None and False leave out a frozen backbone that the config
+                names. (False for a backbone that it does not name is an error.)
+        """
+        left_out = set()
+        for backbone, setting in self._backbones.items():
+            frozen = getattr(self.config, "freeze_audio_encoder" if backbone == "audio_encoder" else "freeze_text_model")
+            named = getattr(self.config, setting) is not None
+            if save_backbones is False and not (frozen and named):
+                raise ValueError(
+                    f"A checkpoint without {backbone} could not be loaded: it was trained, or config.{setting} is not set."
+                )
+            if frozen and named and not save_backbones:
+                prefix = f"{backbone}."
+                left_out |= {key for key in self.state_dict() if key.startswith(prefix) and "lora_" not in key}
+        self._keys_to_ignore_on_save = left_out
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def _inject_lora(backbone: PreTrainedModel, settings: dict | None) -> None:
+    if settings is None:
+        return
+    from peft import LoraConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(LoraConfig(**settings), backbone)
+
+
+def _lazy_state_dict(files: list[str]) -> dict[str, Any]:
+    """Weights of safetensors files, read only when they are loaded into the model (ZeRO-3 wants them whole)."""
+    weights = {}
+    for file in files:
+        pointer = safe_open(file, framework="pt")
+        for key in pointer.keys():
+            weights[key] = pointer.get_tensor(key) if is_deepspeed_zero3_enabled() else pointer.get_slice(key)
+    return weights
+
+
+def _backbone_state_dict(model: LambForAudioCaptioning, backbone: str, model_id: str, revision: str | None) -> dict:
+    files, _ = _get_resolved_checkpoint_files(
+        pretrained_model_name_or_path=model_id,
+        variant=None,
+        gguf_file=None,
+        use_safetensors=True,
+        user_agent=None,
+        is_remote_code=False,
+        download_kwargs={**_download_options.get(), "revision": revision},
+    )
+    weights = _lazy_state_dict(files)
+    if backbone == "audio_encoder":
+        weights = audio_backbone_state_dict(model.config.audio_config, weights)
+    expected = {key.removeprefix(f"{backbone}.") for key in model.state_dict() if key.startswith(f"{backbone}.")}
+    renamed = {}
+    for key, value in weights.items():
+        parent, _, leaf = key.rpartition(".")
+        lora_key = f"{parent}.base_layer.{leaf}"
+        renamed[f"{backbone}.{lora_key if lora_key in expected else key}"] = value
+    return renamed
+
+
+__all__ = ["LambForAudioCaptioning", "LambOutput"]

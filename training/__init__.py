@@ -1,0 +1,1 @@
+"""What learns, reads data and scores."""
