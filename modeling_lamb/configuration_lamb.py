@@ -49,6 +49,9 @@ class LambConfig(PreTrainedConfig):
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
     }
 
+    # True where the package is installed and `pipeline` knows the task; false in a Hub copy of this file
+    pipeline_is_registered: ClassVar[bool] = False
+
     audio_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     audio_model_id: str | None = None
@@ -85,6 +88,8 @@ class LambConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.pipeline_is_registered:  # else `pipeline` would ask to trust the repo's copy of what is installed
+            kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
         self.conv_kernel_sizes = list(self.conv_kernel_sizes)
         self._check()
@@ -108,6 +113,19 @@ class LambConfig(PreTrainedConfig):
             raise ValueError(f"kernel_width={self.kernel_width!r} must be a positive number or 'median'.")
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature} must be positive.")
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        output["custom_pipelines"] = {
+            "audio-captioning": {
+                "impl": "pipeline_audio_captioning.AudioCaptioningPipeline",
+                "pt": ["AutoModel"],
+                "type": "multimodal",
+            }
+        }
+        if "AutoModel" in (auto_map := output.get("auto_map") or {}):
+            output["auto_map"] = auto_map | {"AutoModelForMultimodalLM": auto_map["AutoModel"]}
+        return output
 
     @property
     def audio_hidden_size(self) -> int:

@@ -1,0 +1,230 @@
+"""`pipeline("audio-captioning")`: sound files in, sentences out."""
+
+import base64
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+from transformers import GenerationConfig
+from transformers.audio_utils import load_audio
+from transformers.pipelines.base import ChunkPipeline
+
+
+def read_audio(source: Any, sampling_rate: int, source_rate: int | None = None) -> np.ndarray:
+    """
+    Mono float32 audio `(samples,)` at `sampling_rate` (Hz) of a path, a URL, bytes of a file, an array or tensor, or a
+    dictionary that holds one of these.
+
+    Files are decoded by soundfile, mixed to mono and resampled by soxr.
+
+    Args:
+        source: a path, `http(s)://` URL, `bytes`, array or tensor `(samples,)` or `(channels, samples)`, or a dictionary
+            with `array` or `raw` and `sampling_rate`, or with `bytes` or `path` (as `datasets.Audio(decode=False)` gives).
+        source_rate: of an array, in Hz.
+
+    Raises:
+        ValueError: when there is nothing to read, it cannot be decoded, or an array comes without its rate.
+    """
+    if isinstance(source, dict):
+        for key in ("array", "raw"):
+            if source.get(key) is not None:
+                return read_audio(source[key], sampling_rate, source.get("sampling_rate", source_rate))
+        for key in ("bytes", "path", "url"):
+            if source.get(key) is not None:
+                return read_audio(source[key], sampling_rate)
+        raise ValueError(f"A dictionary of audio needs 'array', 'raw', 'bytes' or 'path'; got {sorted(source)}.")
+    if isinstance(source, (str, os.PathLike, bytes)):
+        return _decode(source, sampling_rate)
+    if isinstance(source, torch.Tensor):
+        source = source.detach().cpu().numpy()
+    array = np.asarray(source)
+    if source_rate is None:
+        raise ValueError("An array of audio needs its rate: pass sampling_rate=, or {'array': ..., 'sampling_rate': ...}.")
+    if not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(f"The array holds {array.dtype}, expected floats in [-1, 1]: divide 16-bit integers by 32768.")
+    if array.ndim == 2:
+        if array.shape[0] > array.shape[1]:
+            raise ValueError(f"An array of shape {array.shape} is not (channels, samples): transpose it.")
+        array = array.mean(0)
+    if source_rate != sampling_rate and array.size:
+        array = soxr.resample(array.astype(np.float32), source_rate, sampling_rate)
+    return array.astype(np.float32, copy=False)
+
+
+def _decode(source: str | os.PathLike | bytes, sampling_rate: int) -> np.ndarray:
+    if isinstance(source, bytes):
+        name, location = f"{len(source)} bytes", "data:;base64," + base64.b64encode(source).decode()
+    else:
+        name = location = os.fspath(source)
+        if not location.startswith(("http://", "https://", "data:")) and not os.path.isfile(location):
+            raise ValueError(f"There is no file {location!r}: give a path to a sound file, a URL, or an array.")
+    try:
+        return load_audio(location, sampling_rate=sampling_rate, backend="soundfile")
+    except (soundfile.SoundFileError, RuntimeError) as error:
+        raise ValueError(
+            f"{name} cannot be decoded as audio ({error}): give WAV, FLAC, OGG or MP3, or convert it, for example "
+            "`ffmpeg -i input output.flac`."
+        ) from error
+
+
+class AudioCaptioningPipeline(ChunkPipeline):
+    """
+    Captions audio with LAMB.
+
+    ```python
+    >>> from transformers import pipeline
+    >>> import modeling_lamb
+    >>> captioner = pipeline("audio-captioning", model=folder)
+    >>> captioner("dog.wav")
+    [{'generated_text': 'A dog barks.'}]
+    ```
+    """
+
+    _load_processor = True
+    _load_feature_extractor = False
+    _load_image_processor = False
+    _load_video_processor = False
+    _load_tokenizer = False
+    _pipeline_calls_generate = True
+    _default_generation_config = GenerationConfig(max_new_tokens=64)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Clips are batched by the processor; the library would refuse a tokenizer and an extractor that pad differently.
+        self.feature_extractor = None
+
+    def __call__(self, inputs: Any, **kwargs: Any) -> Any:
+        """
+        Args:
+            inputs: a path, a URL, the bytes of a file, an array or tensor with `sampling_rate=`, a dictionary
+                (`{"array" | "raw": ..., "sampling_rate": ...}`, `{"path" | "bytes": ...}`), a list of these, a column of a
+                data set, or a `KeyDataset`.
+            sampling_rate (`int`): of arrays, in Hz.
+            prompt (`str`): what to ask instead of the processor's default.
+            batch_size (`int`): clips in one `generate`.
+            chunk_length_s (`float`): caption a long recording window by window, each this many seconds.
+            return_timestamps (`bool`): with `chunk_length_s`, also each window's caption, start and end in seconds.
+            num_return_sequences (`int`), generate_kwargs (`dict`): for `generate`; any of its parameters may also be given
+                by itself, `token_guide_weight` among them.
+            on_error (`str`): `"raise"` (default), or `"return"` to give `{"generated_text": None, "error": ...}` for a clip
+                that cannot be read and go on.
+
+        Returns:
+            For one clip a list of `{"generated_text": str}`, one a returned sequence; for several, a list of those.
+        """
+        if isinstance(inputs, Sequence) and not isinstance(inputs, (str, bytes, list, tuple)):
+            inputs = list(inputs)  # a column of a data set
+        elif isinstance(inputs, tuple):
+            inputs = list(inputs)
+        return super().__call__(inputs, **kwargs)
+
+    def _sanitize_parameters(  # type: ignore[override]
+        self,
+        sampling_rate: int | None = None,
+        prompt: str | None = None,
+        chunk_length_s: float | None = None,
+        return_timestamps: bool | None = None,
+        on_error: str | None = None,
+        generate_kwargs: dict | None = None,
+        token_guide_weight: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[dict, dict, dict]:
+        if on_error not in (None, "raise", "return"):
+            raise ValueError(f"on_error={on_error!r} must be 'raise' or 'return'.")
+        if chunk_length_s is not None and chunk_length_s <= 0:
+            raise ValueError(f"chunk_length_s={chunk_length_s} must be a positive number of seconds.")
+        known = vars(GenerationConfig()).keys()
+        if unknown := sorted(set(kwargs) - known - {"generation_config", "streamer"}):
+            raise ValueError(f"Unknown arguments {unknown}: neither the pipeline nor generate() takes them.")
+        preprocess = {
+            "sampling_rate": sampling_rate,
+            "prompt": prompt,
+            "chunk_length_s": chunk_length_s,
+            "on_error": on_error,
+        }
+        generate = {**kwargs, **(generate_kwargs or {})}
+        if token_guide_weight is not None:
+            generate["token_guide_weight"] = token_guide_weight
+        postprocess = {"return_timestamps": return_timestamps}
+        return (
+            {name: value for name, value in preprocess.items() if value is not None},
+            {"generate_kwargs": generate} if generate else {},
+            {name: value for name, value in postprocess.items() if value is not None},
+        )
+
+    def preprocess(  # type: ignore[override]
+        self,
+        inputs: Any,
+        sampling_rate: int | None = None,
+        prompt: str | None = None,
+        chunk_length_s: float | None = None,
+        on_error: str = "raise",
+    ) -> Iterator[dict[str, Any]]:
+        extractor = self.processor.feature_extractor
+        rate, error = extractor.sampling_rate, None
+        try:
+            audio = read_audio(inputs, rate, sampling_rate)
+            if len(audio) < getattr(extractor, "min_length", 1) or not np.isfinite(audio).all():
+                extractor(audio, sampling_rate=rate)  # says what is wrong with it
+        except ValueError as problem:
+            if on_error == "raise":
+                raise
+            audio, error = np.zeros(rate, dtype=np.float32), str(problem)
+        window = len(audio) if chunk_length_s is None else max(1, round(chunk_length_s * rate))
+        starts = list(range(0, len(audio), window))
+        if len(starts) > 1 and len(audio) - starts[-1] < getattr(extractor, "min_length", 1):
+            starts.pop()  # what is left is too short to hear; the window before it takes it in
+        for index, start in enumerate(starts):
+            is_last = index == len(starts) - 1
+            stop = len(audio) if is_last else start + window
+            yield {
+                "is_last": is_last,
+                "audio": audio[start:stop],
+                "timestamp": (start / rate, stop / rate),
+                "prompt": prompt,
+                "error": error,
+            }
+
+    def _forward(self, model_inputs: dict[str, Any], generate_kwargs: dict | None = None) -> dict[str, Any]:
+        batched = isinstance(model_inputs["audio"], list)
+        columns = model_inputs if batched else {name: [value] for name, value in model_inputs.items()}
+        prompts = None if columns["prompt"][0] is None else list(columns["prompt"])
+        inputs = self.processor(
+            text=prompts, audio=columns["audio"], sampling_rate=self.processor.feature_extractor.sampling_rate
+        ).to(self.model.device)
+        sequences = self.model.generate(**inputs, **self._prepare_generate_kwargs(generate_kwargs or {}))
+        if not isinstance(sequences, torch.Tensor):
+            sequences = sequences.sequences
+        texts = self.processor.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        per_clip = len(texts) // len(columns["audio"])
+        output = {
+            "texts": [
+                [text.strip() for text in texts[start : start + per_clip]] for start in range(0, len(texts), per_clip)
+            ],
+            **{name: columns[name] for name in ("timestamp", "error", "is_last")},
+        }
+        return output if batched else {name: value[0] for name, value in output.items()}
+
+    def postprocess(self, model_outputs: list[dict[str, Any]], return_timestamps: bool = False) -> list[dict[str, Any]]:  # type: ignore[override]
+        if model_outputs[0]["error"] is not None:
+            return [{"generated_text": None, "error": model_outputs[0]["error"]}]
+        results = []
+        for candidate in range(len(model_outputs[0]["texts"])):
+            chunks = [{"timestamp": tuple(o["timestamp"]), "text": o["texts"][candidate]} for o in model_outputs]
+            result: dict[str, Any] = {"generated_text": " ".join(chunk["text"] for chunk in chunks)}
+            if return_timestamps:
+                result["chunks"] = chunks
+            results.append(result)
+        return results
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Saves the model, the processor and the pipeline's own code."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory, **kwargs)
+
+
+__all__ = ["AudioCaptioningPipeline", "read_audio"]

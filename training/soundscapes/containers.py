@@ -1,0 +1,129 @@
+"""Recordings inside other files: zip (pk3), Qt resources (.rcc), OpenTTD sample catalogues (.cat), SoundFonts (.sf2).
+
+A table path is `file` or `container!/inner`. For a SoundFont the inner part is `bank.program.key.seconds`, for
+example `FluidR3_GM.sf2!/0.125.60.3` (General MIDI helicopter, middle C held for three seconds).
+"""
+
+import io
+import struct
+import zipfile
+import zlib
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+SAMPLING_RATE = 16000
+_RENDER_RATE = 44100
+
+
+def rcc_members(data: bytes) -> dict[str, bytes]:
+    """Inner path -> bytes of a Qt binary resource, format 1 to 3, stored or zlib.
+
+    Raises ValueError when `data` is no Qt resource or a member uses zstd compression.
+    """
+    if data[:4] != b"qres":
+        raise ValueError(f"not a Qt resource: starts with {data[:4]!r}, expected b'qres'")
+    version, tree, payload, names = struct.unpack(">4I", data[4:20])
+    node_size = 14 if version < 2 else 22  # format 2 added a 64-bit modification time
+
+    def name(offset: int) -> str:
+        (length,) = struct.unpack(">H", data[names + offset : names + offset + 2])
+        start = names + offset + 6  # two bytes of length, four of hash
+        return data[start : start + 2 * length].decode("utf-16-be")
+
+    members: dict[str, bytes] = {}
+    pending = [(0, "")]
+    while pending:
+        index, path = pending.pop()
+        node = tree + index * node_size
+        name_offset, flags = struct.unpack(">IH", data[node : node + 6])
+        path = f"{path}/{name(name_offset)}" if index else ""
+        if flags & 2:  # a folder
+            count, first = struct.unpack(">II", data[node + 6 : node + 14])
+            pending.extend((first + i, path) for i in range(count))
+            continue
+        (offset,) = struct.unpack(">I", data[node + 10 : node + 14])
+        (size,) = struct.unpack(">I", data[payload + offset : payload + offset + 4])
+        body = data[payload + offset + 4 : payload + offset + 4 + size]
+        if flags & 4:
+            raise ValueError(f"{path}: zstd-compressed Qt resource, only stored and zlib ones can be read")
+        members[path.lstrip("/")] = zlib.decompress(body[4:]) if flags & 1 else body  # 4 bytes: unpacked size
+    return members
+
+
+def cat_members(data: bytes) -> dict[str, bytes]:
+    """`index` (three digits) -> WAV bytes of an OpenTTD sample catalogue.
+
+    The head is pairs of 32-bit little-endian offset and size, the first offset ends it; a sample is a counted name and a
+    RIFF file. Raises ValueError when the offsets do not lie inside the file.
+    """
+    head = struct.unpack("<I", data[:4])[0] & 0x7FFFFFFF
+    if not 8 <= head <= len(data) or head % 8:
+        raise ValueError(f"not a sample catalogue: its first offset is {head} in a file of {len(data)} bytes")
+    members = {}
+    for index in range(head // 8):
+        offset = struct.unpack("<I", data[index * 8 : index * 8 + 4])[0] & 0x7FFFFFFF
+        start = offset + 1 + data[offset]
+        if data[start : start + 4] != b"RIFF":
+            raise ValueError(f"sample {index} of the catalogue does not start with b'RIFF'")
+        members[f"{index:03}"] = data[start : start + 8 + struct.unpack("<I", data[start + 4 : start + 8])[0]]
+    return members
+
+
+@cache
+def _members(path: Path, _stamp: float) -> dict[str, bytes]:
+    if path.suffix in (".pk3", ".zip"):
+        with zipfile.ZipFile(path) as archive:
+            return {name: archive.read(name) for name in archive.namelist()}
+    return {".rcc": rcc_members, ".cat": cat_members}[path.suffix](path.read_bytes())
+
+
+@cache
+def _synth(path: Path, _stamp: float):
+    try:
+        import tinysoundfont
+    except ImportError as error:
+        raise ImportError("SoundFonts need: pip install --no-deps 'tinysoundfont>=0.3.7,<0.4'") from error
+    synth = tinysoundfont.Synth(samplerate=_RENDER_RATE)
+    return synth, synth.sfload(str(path))
+
+
+def _render(path: Path, note: str) -> np.ndarray:
+    """A note of a SoundFont, held for `seconds` and rung out for one more: (samples,) at 44.1 kHz."""
+    bank, program, key, seconds = (float(part) if "." in part else int(part) for part in note.split(".", 3))
+    synth, font = _synth(path, path.stat().st_mtime)
+    synth.sounds_off_all()
+    synth.program_select(0, font, int(bank), int(program))
+    synth.noteon(0, int(key), 100)
+    held = np.frombuffer(bytes(synth.generate(int(seconds * _RENDER_RATE))), np.float32)
+    synth.noteoff(0, int(key))
+    rest = np.frombuffer(bytes(synth.generate(_RENDER_RATE)), np.float32)
+    return np.concatenate([held, rest]).reshape(-1, 2).mean(1)
+
+
+def read_audio(root: Path, path: str) -> np.ndarray:
+    """The recording `path` below the folder `root`: (samples,) float32, 16 kHz mono.
+
+    Raises FileNotFoundError when the file or the container's member is missing, ValueError when it holds no audio.
+    """
+    file, _, inner = path.partition("!/")
+    source = root / file
+    if not source.exists():
+        raise FileNotFoundError(f"{source} is missing: fetch its package again")
+    if source.suffix == ".sf2":
+        audio, rate = _render(source, inner), _RENDER_RATE
+    else:
+        stream: io.BytesIO | str = str(source)
+        if inner:
+            members = _members(source, source.stat().st_mtime)
+            if inner not in members:
+                raise FileNotFoundError(f"{source} holds no {inner}")
+            stream = io.BytesIO(members[inner])
+        samples, rate = soundfile.read(stream, dtype="float32", always_2d=True)
+        audio = samples.mean(1)
+    if not len(audio) or not np.isfinite(audio).all():
+        raise ValueError(f"{path} holds {'no' if not len(audio) else 'non-finite'} samples")
+    return np.asarray(soxr.resample(audio, rate, SAMPLING_RATE), np.float32)
