@@ -7,6 +7,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_ced import CedConfig  # registers the model type of the default encoder
+from .packaged_backbone import resolve_backbone
 
 
 @strict
@@ -158,7 +159,7 @@ class LambConfig(PreTrainedConfig):
             kwargs: the other fields of [`LambConfig`]; without `audio_token_id`, the first id beyond the LLM's table.
         """
         audio, _ = PreTrainedConfig.get_config_dict(audio_model_id, revision=audio_model_revision)
-        text_config = AutoConfig.from_pretrained(text_model_id, revision=text_model_revision)
+        text_config = AutoConfig.from_pretrained(resolve_backbone(text_model_id), revision=text_model_revision)
         kwargs.setdefault("audio_token_id", text_config.get_text_config().vocab_size)
         return cls(
             audio_config=audio,

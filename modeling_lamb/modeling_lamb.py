@@ -28,6 +28,7 @@ from .audio_encoders import audio_backbone_state_dict, build_audio_encoder, enco
 from .caption_loss import caption_losses
 from .configuration_lamb import LambConfig
 from .cross_modal_aligner import CrossModalAligner, masked_mean
+from .packaged_backbone import resolve_backbone
 from .token_guide import TokenGuide, TokenGuideLogitsProcessor
 from .two_stream_adapter import ADAPTERS, QFormerAdapter, QueryAttention
 
@@ -43,6 +44,7 @@ class LambOutput(ModelOutput):
     Args:
         loss: L_total (Eq. 14).
         decoder_loss, guided_loss: L_dec and L_tg, the cross-entropy of the original and of the guided logits (Eq. 13).
+        alignment_loss: L_cma (Eq. 10), the weighted sum of the next three.
         cs_global_loss, cs_token_loss, info_nce_loss: the aligner's terms (Eq. 6-8).
         modality_gap, modality_cosine: mean distance and cosine of z_a_bar and z_t_bar (Table 2), without gradient.
         logits: unguided logits, `(batch, length, vocab_size)`; with `labels`, of the positions that predict them only.
@@ -57,6 +59,7 @@ class LambOutput(ModelOutput):
     audio_embeds: Tensor | None = None
     decoder_loss: Tensor | None = None
     guided_loss: Tensor | None = None
+    alignment_loss: Tensor | None = None
     cs_global_loss: Tensor | None = None
     cs_token_loss: Tensor | None = None
     info_nce_loss: Tensor | None = None
@@ -258,6 +261,7 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
         audio_hidden_mask: Tensor | None = None,
         clip_ids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        alignment_only: bool = False,
         **kwargs,
     ) -> LambOutput:
         r"""
@@ -270,6 +274,7 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
             audio_hidden_states, audio_hidden_mask: the encoder's tokens, as [`get_audio_features`] takes them.
             clip_ids: `(batch,)` integers; captions of one clip are not each other's negatives in InfoNCE.
             num_items_in_batch: caption tokens of all accumulated batches, from the Trainer.
+            alignment_only: compute the aligner's losses and no logits, to train the adapter without running the LLM.
 
         Raises:
             ValueError: when placeholders and audio embeddings do not match, or labels come without audio.
@@ -287,6 +292,8 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
                     (input_ids != self.config.audio_token_id).all(),
                     "input_ids hold audio placeholders, but no input_features were given.",
                 )
+            if alignment_only:
+                return self._aligned(input_ids, audio_embeds, labels, clip_ids)
             inputs_embeds = self._merge_embeds(input_ids, audio_embeds)
         if labels is not None:
             # Logits are computed only where some row has a label to predict.
@@ -318,9 +325,42 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
             **losses,
         )
 
+    def _aligned(
+        self, input_ids: Tensor, audio_embeds: Tensor | None, labels: Tensor | None, clip_ids: Tensor | None
+    ) -> LambOutput:
+        if audio_embeds is None or labels is None:
+            raise ValueError("alignment_only needs audio and labels: there is nothing else to align.")
+        losses = self._alignment_losses(audio_embeds, self._audio_mask(input_ids, audio_embeds), labels, clip_ids)
+        loss = self.config.alignment_weight * losses["alignment_loss"]
+        return LambOutput(loss=loss, audio_embeds=audio_embeds, **losses)
+
     @property
     def _decoder_slices_logits(self) -> bool:
         return "logits_to_keep" in inspect.signature(type(self.language_model).forward).parameters
+
+    def _audio_mask(self, input_ids: Tensor, audio_embeds: Tensor) -> Tensor:
+        """True where a row's audio embeddings are its own and not padding, `(batch, placeholders)`."""
+        counts = (input_ids == self.config.audio_token_id).sum(1)
+        return torch.arange(audio_embeds.shape[1], device=counts.device) < counts[:, None]
+
+    def _alignment_losses(
+        self, audio_embeds: Tensor, audio_mask: Tensor, labels: Tensor, clip_ids: Tensor | None
+    ) -> dict[str, Tensor]:
+        caption_mask = labels != -100
+        if self.generation_config.eos_token_id is not None:  # z_t is the caption itself, without EOS
+            eos = torch.as_tensor(self.generation_config.eos_token_id, device=labels.device)
+            caption_mask &= ~torch.isin(labels, eos)
+        z_t = self.get_input_embeddings()(labels.masked_fill(~caption_mask, 0))
+        losses = self.aligner(audio_embeds, z_t, caption_mask, audio_mask, clip_ids)
+        weights = {
+            "cs_global_loss": self.config.cs_global_weight,
+            "cs_token_loss": self.config.cs_token_weight,
+            "info_nce_loss": self.config.info_nce_weight,
+        }
+        # A term of weight 0 is left out: were it NaN, 0 times it would be too.
+        terms = [weight * losses[name] for name, weight in weights.items() if weight]
+        losses["alignment_loss"] = torch.stack(terms).sum() if terms else audio_embeds.new_zeros(())  # Eq. 10
+        return losses
 
     def _losses(
         self,
@@ -337,27 +377,17 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
             decoder_loss, _ = caption_losses(logits, shifted, num_items=num_items)
             return {"loss": config.decoder_loss_weight * decoder_loss, "decoder_loss": decoder_loss}
 
-        counts = (input_ids == config.audio_token_id).sum(1)
-        audio_mask = torch.arange(audio_embeds.shape[1], device=counts.device) < counts[:, None]
+        audio_mask = self._audio_mask(input_ids, audio_embeds)
         scores = self._guide_bias(audio_embeds, audio_mask)
         bias = None if scores is None else self.token_guide.beta * scores  # Eq. 12
-        decoder_loss, guided_loss = caption_losses(logits, shifted, bias, num_items)
-        caption_mask = labels != -100
-        if self.generation_config.eos_token_id is not None:  # z_t is the caption itself, without EOS
-            eos = torch.as_tensor(self.generation_config.eos_token_id, device=labels.device)
-            caption_mask &= ~torch.isin(labels, eos)
-        z_t = self.get_input_embeddings()(labels.masked_fill(~caption_mask, 0))
-        aligned = self.aligner(audio_embeds, z_t, caption_mask, audio_mask, clip_ids)
-        terms = {
-            "cs_global_loss": config.alignment_weight * config.cs_global_weight,
-            "cs_token_loss": config.alignment_weight * config.cs_token_weight,
-            "info_nce_loss": config.alignment_weight * config.info_nce_weight,
+        losses = self._alignment_losses(audio_embeds, audio_mask, labels, clip_ids)
+        losses["decoder_loss"], losses["guided_loss"] = caption_losses(logits, shifted, bias, num_items)
+        weights = {
+            "alignment_loss": config.alignment_weight,
             "guided_loss": config.guided_loss_weight if scores is not None else 0.0,
             "decoder_loss": config.decoder_loss_weight,
         }
-        losses = aligned | {"decoder_loss": decoder_loss, "guided_loss": guided_loss}
-        # Eq. 14 with Eq. 10; a term of weight 0 is left out, or its NaN would not be 0
-        losses["loss"] = sum(weight * losses[name] for name, weight in terms.items() if weight)
+        losses["loss"] = torch.stack([weight * losses[name] for name, weight in weights.items() if weight]).sum()  # Eq. 14
         return losses
 
     # -- generation ----------------------------------------------------------------------------------------------------
@@ -384,10 +414,10 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
         weight = getattr(generation_config, "token_guide_weight", None)
         audio_embeds = model_kwargs.get("audio_embeds")
         if audio_embeds is not None and weight != 0:
-            counts = (input_ids == self.config.audio_token_id).sum(1)
-            audio_mask = torch.arange(audio_embeds.shape[1], device=counts.device) < counts[:, None]
             with torch.no_grad():
-                model_kwargs["token_guide_scores"] = self._guide_bias(audio_embeds, audio_mask)
+                model_kwargs["token_guide_scores"] = self._guide_bias(
+                    audio_embeds, self._audio_mask(input_ids, audio_embeds)
+                )
         return model_kwargs
 
     def _get_logits_processor(self, generation_config: GenerationConfig, **kwargs: Any) -> LogitsProcessorList:
@@ -519,7 +549,7 @@ def _lazy_state_dict(files: list[str]) -> dict[str, Any]:
 
 def _backbone_state_dict(model: LambForAudioCaptioning, backbone: str, model_id: str, revision: str | None) -> dict:
     files, _ = _get_resolved_checkpoint_files(
-        pretrained_model_name_or_path=model_id,
+        pretrained_model_name_or_path=resolve_backbone(model_id),
         variant=None,
         gguf_file=None,
         use_safetensors=True,

@@ -85,18 +85,16 @@ class LambFeatureExtractor(SequenceFeatureExtractor):
         return -100.0 if self.log_scale == "dB" else math.log(self.log_offset)
 
     def log_mel(self, waveform: torch.Tensor) -> torch.Tensor:
-        """Features `(feature_size, frames)` of one clip `(samples,)` in float32, on its own device."""
+        """Features `(feature_size, frames)` of one clip `(samples,)` in float32, on its device."""
         window = torch.hann_window(self.win_length, device=waveform.device)
-        # A window shorter than the transform stands at its start, as in TensorFlow; torch.stft would centre it.
-        left = 0 if self.center else self.n_fft - self.win_length
         if self.center:
             spectrum = torch.stft(
                 waveform, self.n_fft, self.hop_length, self.win_length, window, center=True, return_complex=True
             )
-        else:
-            waveform = torch.nn.functional.pad(waveform, (0, max(0, self.win_length - len(waveform))))
-            frames = waveform.unfold(0, self.win_length, self.hop_length) * window
-            spectrum = torch.fft.rfft(torch.nn.functional.pad(frames, (0, left))).T
+        else:  # torch.stft would centre a short window within the transform, and drop the clip's last, unfilled frames
+            samples = (self._padded_frames(self.count_frames(len(waveform))) - 1) * self.hop_length + self.win_length
+            waveform = torch.nn.functional.pad(waveform, (0, max(0, samples - len(waveform))))
+            spectrum = torch.fft.rfft(waveform.unfold(0, self.win_length, self.hop_length) * window, self.n_fft).T
         mel = torch.from_numpy(self.mel_filters).to(waveform.device).T @ spectrum.abs().pow(self.power)
         if self.log_scale == "ln":
             return (mel + self.log_offset).log()
@@ -108,6 +106,9 @@ class LambFeatureExtractor(SequenceFeatureExtractor):
         if self.center:
             return samples // self.hop_length + 1
         return max(0, samples - self.win_length) // self.hop_length + 1
+
+    def _padded_frames(self, frames: int) -> int:
+        return self.min_frames + max(0, -(-(frames - self.min_frames) // self.frame_multiple)) * self.frame_multiple
 
     def __call__(
         self,
@@ -165,10 +166,10 @@ class LambFeatureExtractor(SequenceFeatureExtractor):
         for samples, mask in zip(padded["input_features"], padded["attention_mask"], strict=True):
             # The spectrogram of the clip alone, before any padding, which would leak into its last frames.
             log_mel = self.log_mel(torch.from_numpy(samples[: int(np.sum(mask)), 0]).to(device))
-            total = self.count_frames(len(samples))
-            total = self.min_frames + max(0, -(-(total - self.min_frames) // self.frame_multiple)) * self.frame_multiple
-            real = log_mel.shape[1]
-            features.append(torch.nn.functional.pad(log_mel, (0, total - real), value=self.silence).cpu())
+            total = self._padded_frames(self.count_frames(len(samples)))
+            real = self.count_frames(int(np.sum(mask)))
+            missing = total - log_mel.shape[1]
+            features.append(torch.nn.functional.pad(log_mel, (0, missing), value=self.silence).cpu())
             masks.append((torch.arange(total) < real).to(torch.int64))
         if return_tensors is not None:
             if len({feature.shape for feature in features}) > 1:
