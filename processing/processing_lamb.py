@@ -96,10 +96,27 @@ class LambProcessor(ProcessorMixin):
         if captions is None:
             return super().__call__(text=text, audio=audio, text_kwargs=text_kwargs, **kwargs)
 
-        captions = [captions] if isinstance(captions, str) else list(captions)
-        return self._with_labels(text, audio, captions, text_kwargs, kwargs)
+        labelled = self.label_texts(captions, text, **text_kwargs)
+        kwargs["return_tensors"] = "pt"
+        return BatchFeature(dict(labelled) | dict(super().__call__(audio=audio, **kwargs)))
 
-    def _with_labels(self, prompts: Any, audio: Any, captions: list[str], text_kwargs: dict, kwargs: dict) -> BatchFeature:
+    def label_texts(self, captions: str | list[str], text: list[str] | None = None, **text_kwargs: Any) -> BatchFeature:
+        """
+        The text side of training alone, for audio that was encoded before.
+
+        Args:
+            captions: one for each prompt.
+            text: prompts with their placeholders; None asks the default question.
+            text_kwargs: for the tokenizer.
+
+        Returns:
+            `input_ids`, `attention_mask`, `labels` (batch, length), padded on the right.
+
+        Raises:
+            ValueError: as of the call.
+        """
+        captions = [captions] if isinstance(captions, str) else list(captions)
+        prompts = self._prompts(text, len(captions))
         if len(captions) != len(prompts):
             raise ValueError(f"Got {len(captions)} captions for {len(prompts)} prompts; they must match one to one.")
         for index, caption in enumerate(captions):
@@ -110,21 +127,20 @@ class LambProcessor(ProcessorMixin):
         eos = self.tokenizer.eos_token
         if eos is None:
             raise ValueError("The tokenizer has no eos_token, so captions would never end: set tokenizer.eos_token.")
+        prompts = [prompt.replace(self.audio_token, self.audio_token * self.num_audio_tokens) for prompt in prompts]
         joined = [f"{prompt} {caption.strip()}{eos}" for prompt, caption in zip(prompts, captions, strict=True)]
-        text_kwargs["padding"] = text_kwargs.get("padding") or True
-        kwargs["return_tensors"] = "pt"
-        inputs = super().__call__(text=joined, audio=audio, text_kwargs=text_kwargs, **kwargs)
+        settings = {"padding": True, "padding_side": "right", "return_tensors": "pt"} | text_kwargs
+        inputs = self.tokenizer(joined, **settings)
+        inputs.pop("token_type_ids", None)
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-        expanded = [prompt.replace(self.audio_token, self.audio_token * self.num_audio_tokens) for prompt in prompts]
-        for row, prompt in enumerate(self.tokenizer(expanded)["input_ids"]):
+        for row, prompt in enumerate(self.tokenizer(prompts)["input_ids"]):
             if inputs["input_ids"][row, : len(prompt)].tolist() != prompt:
                 raise ValueError(
                     f"Prompt {prompts[row]!r} ends within a token once a caption follows: end it with punctuation, so that "
                     "training and generation see the same tokens."
                 )
             labels[row, : len(prompt)] = -100
-        inputs["labels"] = labels
-        return inputs
+        return BatchFeature(dict(inputs) | {"labels": labels})
 
     def _refuse_unknown(self, kwargs: dict) -> None:
         known = set(self.valid_processor_kwargs.__annotations__) | {"common_kwargs", "videos", "images"}

@@ -7,10 +7,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import pytest
 import torch
-from modeling_lamb import LambConfig, LambFeatureExtractor, LambForAudioCaptioning, LambProcessor
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
 from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from modeling_lamb import LambConfig, LambFeatureExtractor, LambForAudioCaptioning, LambProcessor
 
 CAPTIONS = [
     "A dog barks twice in the distance.",

