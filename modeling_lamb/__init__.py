@@ -1,5 +1,7 @@
 """What the LAMB network computes. Importing this registers LAMB with the Auto classes and `pipeline`."""
 
+from pathlib import Path
+
 from processing_lamb import AudioCaptioningPipeline, LambFeatureExtractor, LambProcessor
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForMultimodalLM, AutoProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
@@ -18,7 +20,14 @@ AutoModel.register(LambConfig, LambForAudioCaptioning, exist_ok=True)
 AutoModelForMultimodalLM.register(LambConfig, LambForAudioCaptioning, exist_ok=True)
 AutoFeatureExtractor.register(LambConfig, LambFeatureExtractor, exist_ok=True)
 AutoProcessor.register(LambConfig, LambProcessor, exist_ok=True)
-PIPELINE_REGISTRY.register_pipeline("audio-captioning", AudioCaptioningPipeline, pt_model=AutoModel, type="multimodal")
+_MINI = Path(__file__).parent / "mini"
+PIPELINE_REGISTRY.register_pipeline(
+    "audio-captioning",
+    AudioCaptioningPipeline,
+    pt_model=AutoModel,
+    default={"model": (str(_MINI), None)},
+    type="multimodal",
+)
 
 # What is saved carries its own code, so that the Hub serves it to those who have not installed this package.
 CedConfig.register_for_auto_class()
@@ -28,6 +37,19 @@ LambForAudioCaptioning.register_for_auto_class("AutoModel")
 LambFeatureExtractor.register_for_auto_class("AutoFeatureExtractor")
 LambProcessor.register_for_auto_class("AutoProcessor")
 LambConfig.pipeline_is_registered = True
+
+
+def default_checkpoint() -> str:
+    """
+    The folder of LAMB-mini, the small model that is shipped with the package (see the card in it).
+
+    Raises:
+        FileNotFoundError: when this copy of the package carries none.
+    """
+    if not (_MINI / "model.safetensors").is_file():
+        raise FileNotFoundError(f"There is no model in {_MINI}: train it with `make train-mini`, or name another model.")
+    return str(_MINI)
+
 
 __all__ = [
     "AudioCaptioningPipeline",
@@ -41,6 +63,7 @@ __all__ = [
     "TokenGuideLogitsProcessor",
     "TwoStreamAdapter",
     "cauchy_schwarz_divergence",
+    "default_checkpoint",
     "guide_scores",
     "info_nce",
 ]

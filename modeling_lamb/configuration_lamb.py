@@ -37,7 +37,7 @@ class LambConfig(PreTrainedConfig):
         kernel_space: where Eq. 6, 7 and 9 measure: `normalized` (unit vectors), `centred` (running mean of the text side
             subtracted, then unit) or `raw` (ours).
         kernel_width: sigma of the Gaussian kernel, or `"median"` for the median pairwise distance of each batch (ours).
-        temperature (`float`): tau of Eq. 9 (ours).
+        info_nce_temperature (`float`): tau of Eq. 9 (ours).
         cs_global_weight, cs_token_weight, info_nce_weight: alpha_1, alpha_2, alpha_3 of Eq. 10 (ours: 1).
         alignment_weight, guided_loss_weight, decoder_loss_weight: lambda_1, lambda_2, lambda_3 of Eq. 14 (ours: 1).
         guide_metric: distance of the Token Guide: `l2` (squared, Eq. 12), `l1`, `cosine`, or `none` for no guide.
@@ -77,7 +77,7 @@ class LambConfig(PreTrainedConfig):
 
     kernel_space: Literal["normalized", "centred", "raw"] = "normalized"
     kernel_width: float | int | str = 1.0
-    temperature: float = 0.07
+    info_nce_temperature: float = 0.07
     cs_global_weight: float | int = 1.0
     cs_token_weight: float | int = 1.0
     info_nce_weight: float | int = 1.0
@@ -112,8 +112,8 @@ class LambConfig(PreTrainedConfig):
             raise ValueError(f"conv_kernel_sizes={self.conv_kernel_sizes} must be odd, to keep the length of the audio.")
         if self.kernel_width != "median" and not (isinstance(self.kernel_width, (int, float)) and self.kernel_width > 0):
             raise ValueError(f"kernel_width={self.kernel_width!r} must be a positive number or 'median'.")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature} must be positive.")
+        if self.info_nce_temperature <= 0:
+            raise ValueError(f"info_nce_temperature={self.info_nce_temperature} must be positive.")
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()

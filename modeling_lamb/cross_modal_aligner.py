@@ -135,7 +135,7 @@ class CrossModalAligner(nn.Module):
     def __init__(self, config: LambConfig, text_hidden_size: int) -> None:
         super().__init__()
         self.kernel_space, self.kernel_width = config.kernel_space, config.kernel_width
-        self.temperature = config.temperature
+        self.temperature = config.info_nce_temperature
         # Captions share most of their words, so their mean embeddings all point one way until that mean is taken off.
         self.register_buffer("text_mean", torch.zeros(text_hidden_size))
         self.register_buffer("batches_seen", torch.zeros((), dtype=torch.long))

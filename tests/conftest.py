@@ -9,7 +9,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import ASTFeatureExtractor, LlamaConfig, PreTrainedTokenizerFast, WhisperFeatureExtractor
 
 from modeling_lamb import LambConfig, LambFeatureExtractor, LambForAudioCaptioning, LambProcessor
 
@@ -21,6 +21,53 @@ CAPTIONS = [
 ]
 VOCAB_SIZE = 369  # of the tokenizer below; the placeholder takes the id after it, beyond the LLM's table
 PROMPTS = ["USER: Describe the audio you hear.\nASSISTANT:"]
+
+torch.set_num_threads(1)
+
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+# audio_config of every encoder family, and the feature extractor that goes with it; Whisper's and AST's windows are 1 s
+ENCODERS = {
+    "ced": ({"model_type": "ced", **TINY}, LambFeatureExtractor),
+    "whisper": (
+        {
+            "model_type": "whisper",
+            "d_model": 32,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 64,
+            "decoder_layers": 1,
+            "decoder_attention_heads": 2,
+            "decoder_ffn_dim": 64,
+            "max_source_positions": 50,
+            "num_mel_bins": 80,
+            "vocab_size": 100,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "decoder_start_token_id": 1,
+        },
+        lambda: WhisperFeatureExtractor(chunk_length=1),
+    ),
+    "ast": (
+        {"model_type": "audio-spectrogram-transformer", **TINY, "intermediate_size": 64, "max_length": 100},
+        lambda: ASTFeatureExtractor(max_length=100),
+    ),
+    "mobilenet": (
+        {"model_type": "mobilenet_v1", "num_channels": 1, "depth_multiplier": 0.125, "hidden_act": "relu"},
+        lambda: LambFeatureExtractor(
+            win_length=400,
+            min_frequency=125.0,
+            max_frequency=7500.0,
+            triangularize_in_mel_space=True,
+            power=1.0,
+            log_scale="ln",
+            center=False,
+            min_length=400,
+            min_frames=96,
+            frame_multiple=48,
+        ),
+    ),
+}
 
 
 @pytest.fixture(autouse=True)

@@ -194,7 +194,9 @@ def test_heads_that_do_not_divide_are_refused():
 
 def test_published_sizes():
     with torch.device("meta"):
-        parameters = {size: CedModel(CedConfig.of_size(size)).num_parameters() for size in ("tiny", "mini", "small", "base")}
+        parameters = {
+            size: CedModel(CedConfig.of_size(size)).num_parameters() for size in ("tiny", "mini", "small", "base")
+        }
     assert [round(count / 1e6) for count in parameters.values()] == [5, 10, 21, 85]  # 5.5, 9.6, 22 and 86 with the head
 
 
