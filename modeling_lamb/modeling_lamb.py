@@ -1,5 +1,6 @@
 """LAMB: an audio encoder, the Two-Stream Adapter, the Cross-Modal Aligner, an LLM and the Token Guide."""
 
+import copy
 import inspect
 from contextlib import nullcontext
 from contextvars import ContextVar
@@ -22,7 +23,9 @@ from transformers import initialization as init
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import _get_resolved_checkpoint_files
+from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import ModelOutput, can_return_tuple, torch_compilable_check
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .audio_encoders import audio_backbone_state_dict, build_audio_encoder, encode_audio
 from .caption_loss import caption_losses
@@ -102,8 +105,8 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
             eos_token_id=getattr(text_config, "eos_token_id", None),
             pad_token_id=getattr(text_config, "pad_token_id", None),
         )
-        _inject_lora(self.language_model, config.peft_config)
-        _inject_lora(self.audio_encoder, config.audio_peft_config)
+        if getattr(config, "quantization_config", None) is None:  # else onto the quantised layers, once they are there
+            self._inject_lora()
         self.post_init()
         self.freeze_backbones()
 
@@ -152,6 +155,16 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
                 if self.config.audio_peft_config is None or isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.training = False
         return self
+
+    def _inject_lora(self) -> None:
+        for backbone, settings in (
+            (self.language_model, self.config.peft_config),
+            (self.audio_encoder, self.config.audio_peft_config),
+        ):
+            if settings is not None:
+                from peft import LoraConfig, inject_adapter_in_model
+
+                inject_adapter_in_model(LoraConfig(**settings), backbone)
 
     def merge_adapters(self) -> "LambForAudioCaptioning":
         """Adds the LoRA updates into the backbones' weights, for good; the model then saves as a full checkpoint."""
@@ -476,7 +489,17 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "LambForAudioCaptioning":
-        """As of every Transformers model; reads small and full checkpoints alike."""
+        """
+        As of every Transformers model; reads small and full checkpoints alike.
+
+        A `quantization_config` (`BitsAndBytesConfig`, `TorchAoConfig`) quantises the LLM's layers and nothing else; LoRA
+        trains on top of them. Such a model is saved small, and quantised again by whoever loads it.
+
+        Raises:
+            ValueError: when a backbone is neither in the checkpoint nor named, or cannot be quantised in this way.
+        """
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _sparing_quantization_config(kwargs["quantization_config"])
         names = ("cache_dir", "force_download", "local_files_only", "token")
         reset = _download_options.set({name: kwargs[name] for name in names if name in kwargs})
         try:
@@ -485,6 +508,8 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
             _download_options.reset(reset)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.freeze_backbones()  # loading sets requires_grad everywhere
+        if getattr(model, "hf_quantizer", None) is not None:
+            model.hf_quantizer.remove_quantization_config(model)  # the LLM is quantised; what trains and is saved is not
         return loaded
 
     @staticmethod
@@ -504,7 +529,13 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
                 )
             revision = getattr(model.config, setting.replace("_id", "_revision"))
             state_dict = _backbone_state_dict(model, backbone, model_id, revision) | state_dict
-        return PreTrainedModel._load_pretrained_model(model, state_dict, None, load_config, *args, **kwargs)
+        if load_config.hf_quantizer is None:
+            return PreTrainedModel._load_pretrained_model(model, state_dict, None, load_config, *args, **kwargs)
+        lora = {key: state_dict.pop(key) for key in list(state_dict) if "lora_" in key}
+        weights = {key.replace(".base_layer.", "."): value for key, value in state_dict.items()}
+        loaded = PreTrainedModel._load_pretrained_model(model, weights, None, load_config, *args, **kwargs)
+        _add_lora_to_quantized(model, lora, load_config.hf_quantizer)
+        return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, save_backbones: bool | None = None, **kwargs: Any) -> None:
         """
@@ -525,16 +556,43 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
             if frozen and named and not save_backbones:
                 prefix = f"{backbone}."
                 left_out |= {key for key in self.state_dict() if key.startswith(prefix) and "lora_" not in key}
+        quantized = getattr(self.language_model, "hf_quantizer", None) is not None
+        if quantized and not any(key.startswith("language_model.") for key in left_out):
+            raise ValueError(
+                "The quantised language_model cannot be saved: save a small checkpoint (config.text_model_id, without "
+                "save_backbones=True), or load the model without quantization_config first."
+            )
         self._keys_to_ignore_on_save = left_out
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
-def _inject_lora(backbone: PreTrainedModel, settings: dict | None) -> None:
-    if settings is None:
-        return
-    from peft import LoraConfig, inject_adapter_in_model
+def _sparing_quantization_config(settings: dict | QuantizationConfigMixin) -> QuantizationConfigMixin:
+    """The same settings for the LLM's inner layers alone; the encoder, the output layer and what trains stay as they are."""
+    settings = AutoQuantizationConfig.from_dict(settings) if isinstance(settings, dict) else copy.deepcopy(settings)
+    names = [name for name in ("llm_int8_skip_modules", "modules_to_not_convert") if hasattr(settings, name)]
+    if not names:
+        raise ValueError(
+            f"quantization_config of type {type(settings).__name__} cannot leave parts of a model alone, but only the LLM "
+            "may be quantised: use BitsAndBytesConfig or TorchAoConfig."
+        )
+    spared = ["audio_encoder", "adapter", "aligner", "token_guide", "language_model.lm_head", "language_model.embed_out"]
+    setattr(settings, names[0], [*(getattr(settings, names[0]) or []), *spared])
+    return settings
 
-    inject_adapter_in_model(LoraConfig(**settings), backbone)
+
+def _add_lora_to_quantized(model: LambForAudioCaptioning, weights: dict[str, Any], quantizer: Any) -> None:
+    """PEFT chooses its layers by those that they wrap, so LoRA comes last; it goes where its base layer lies."""
+    llm = model.language_model
+    llm.hf_quantizer = quantizer
+    llm.is_loaded_in_8bit = getattr(quantizer.quantization_config, "load_in_8bit", False)
+    llm.is_loaded_in_4bit = getattr(quantizer.quantization_config, "load_in_4bit", False)
+    model._inject_lora()
+    unknown = model.load_state_dict({key: value[...] for key, value in weights.items()}, strict=False).unexpected_keys
+    if unknown:
+        raise ValueError(f"The checkpoint's LoRA does not fit config.peft_config: there is no place for {unknown[0]}.")
+    for key, parameter in model.named_parameters():
+        if "lora_" in key:
+            parameter._is_hf_initialized = True  # by the checkpoint or by PEFT
 
 
 def _lazy_state_dict(files: list[str]) -> dict[str, Any]:
@@ -560,6 +618,9 @@ def _backbone_state_dict(model: LambForAudioCaptioning, backbone: str, model_id:
     weights = _lazy_state_dict(files)
     if backbone == "audio_encoder":
         weights = audio_backbone_state_dict(model.config.audio_config, weights)
+    elif not any(key.startswith(f"{model.language_model.base_model_prefix}.") for key in weights):
+        # Saved without its (tied) head, as the Hub's GPT-2.
+        weights = {f"{model.language_model.base_model_prefix}.{key}": value for key, value in weights.items()}
     expected = {key.removeprefix(f"{backbone}.") for key in model.state_dict() if key.startswith(f"{backbone}.")}
     renamed = {}
     for key, value in weights.items():

@@ -118,6 +118,25 @@ def tiny_text_config(vocab_size: int = VOCAB_SIZE, **kwargs) -> LlamaConfig:
     return LlamaConfig(**(settings | kwargs))
 
 
+# text_config of every kind of decoder: untied, tied, with scaled embeddings, with Conv1D layers; and what LoRA adapts
+SMALL = {"vocab_size": VOCAB_SIZE, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+ROTARY = SMALL | {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+}
+DECODERS = {
+    "llama": ({"model_type": "llama", **ROTARY}, ["q_proj", "v_proj"]),
+    "qwen3": ({"model_type": "qwen3", **ROTARY, "tie_word_embeddings": True}, ["q_proj", "v_proj"]),
+    "gemma": ({"model_type": "gemma", **ROTARY}, ["q_proj", "v_proj"]),
+    "gemma3": ({"model_type": "gemma3_text", **ROTARY, "sliding_window": 16}, ["q_proj", "v_proj"]),
+    "gpt2": ({"model_type": "gpt2", **SMALL, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 128}, ["c_attn"]),
+}
+
+
 def tiny_config(**kwargs) -> LambConfig:
     settings = {
         "audio_config": {"model_type": "ced", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},

@@ -4,9 +4,10 @@ import sys
 
 import pytest
 import torch
-from modeling_lamb import CedConfig, CedModel, convert_ced
 from safetensors.torch import save_file
 from test_modeling_ced import log_mel, published
+
+from modeling_lamb import CedConfig, CedModel, convert_ced
 
 CED = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
 
@@ -59,5 +60,5 @@ def test_pickled_code_is_not_run(tmp_path, sizes):
             return print, ("run",)
 
     torch.save({"model": Attack()}, tmp_path / "file.pt")
-    with pytest.raises(Exception, match="weights_only|Weights only"):
+    with pytest.raises(Exception, match=r"weights_only|Weights only"):
         convert_ced.convert(str(tmp_path / "file.pt"), "tiny")

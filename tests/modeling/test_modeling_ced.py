@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import randomized
-from modeling_lamb import CedConfig, CedModel
-from modeling_lamb.modeling_ced import convert_ced_state_dict
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel
+
+from modeling_lamb import CedConfig, CedModel
+from modeling_lamb.modeling_ced import convert_ced_state_dict
 
 WIDTH, HEADS, LAYERS = 32, 2, 2
 
