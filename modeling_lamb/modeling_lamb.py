@@ -617,7 +617,8 @@ def _backbone_state_dict(model: LambForAudioCaptioning, backbone: str, model_id:
     )
     weights = _lazy_state_dict(files)
     if backbone == "audio_encoder":
-        weights = audio_backbone_state_dict(model.config.audio_config, weights)
+        whole = {key: value[...] for key, value in weights.items()}  # small, and CED's are to be taken apart
+        weights = audio_backbone_state_dict(model.config.audio_config, whole)
     elif not any(key.startswith(f"{model.language_model.base_model_prefix}.") for key in weights):
         # Saved without its (tied) head, as the Hub's GPT-2.
         weights = {f"{model.language_model.base_model_prefix}.{key}": value for key, value in weights.items()}

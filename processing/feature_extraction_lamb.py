@@ -13,6 +13,36 @@ from transformers.utils import TensorType, logging
 logger = logging.get_logger(__name__)
 
 
+def shortest_clip(extractor: Any) -> int:
+    """Samples that a clip must have at least: `min_length`, or one frame of 25 ms for another family's extractor."""
+    return getattr(extractor, "min_length", extractor.sampling_rate // 40)
+
+
+def check_clip(clip: Any, extractor: Any, index: int = 0) -> np.ndarray:
+    """
+    A clip as float32 `(samples,)`, if there is something to hear in it.
+
+    Raises:
+        ValueError: when it is empty or too short for the extractor, holds NaN, infinity or integers, or is not mono.
+    """
+    array = clip.detach().cpu().numpy() if isinstance(clip, torch.Tensor) else np.asarray(clip)
+    shortest, rate = shortest_clip(extractor), extractor.sampling_rate
+    if array.ndim != 1:
+        raise ValueError(
+            f"Clip {index} has the shape {array.shape}, expected mono audio (samples,): average its channels first."
+        )
+    if not np.issubdtype(array.dtype, np.floating) and len(array):
+        raise ValueError(f"Clip {index} holds {array.dtype}, expected floats in [-1, 1]: divide 16-bit integers by 32768.")
+    if len(array) < shortest:
+        raise ValueError(
+            f"Clip {index} has {len(array)} samples, expected at least {shortest} ({shortest / rate:.3f} s at {rate} Hz): "
+            "there is too little to hear."
+        )
+    if not np.isfinite(array).all():
+        raise ValueError(f"Clip {index} holds NaN or infinite samples: repair the recording, or leave it out.")
+    return np.ascontiguousarray(array, dtype=np.float32)
+
+
 class LambFeatureExtractor(SequenceFeatureExtractor):
     """
     Log-mel spectrograms in float32, with a mask of the real frames. A clip's features do not depend on its batch.
@@ -153,6 +183,11 @@ class LambFeatureExtractor(SequenceFeatureExtractor):
                 f"The audio has sampling_rate={sampling_rate} Hz, expected {self.sampling_rate} Hz: resample it first, for "
                 f"example soxr.resample(audio, {sampling_rate}, {self.sampling_rate})."
             )
+        if truncation and max_length is not None and max_length < self.min_length:
+            raise ValueError(
+                f"max_length={max_length} samples would cut the clips below the {self.min_length} that can be heard: it is "
+                "counted in samples here (a processor limits tokens by text_kwargs={'max_length': ...})."
+            )
         clips = self._as_clips(raw_speech)
         padded = self.pad(
             BatchFeature({"input_features": [clip[:, None] for clip in clips]}),
@@ -190,26 +225,7 @@ class LambFeatureExtractor(SequenceFeatureExtractor):
             clips = list(raw_speech)
         else:
             clips = [raw_speech]
-        return [self._checked(clip, index) for index, clip in enumerate(clips)]
-
-    def _checked(self, clip: Any, index: int) -> np.ndarray:
-        array = clip.detach().cpu().numpy() if isinstance(clip, torch.Tensor) else np.asarray(clip)
-        if array.ndim != 1:
-            raise ValueError(
-                f"Clip {index} has the shape {array.shape}, expected mono audio (samples,): average its channels first."
-            )
-        if not np.issubdtype(array.dtype, np.floating) and len(array):
-            raise ValueError(
-                f"Clip {index} holds {array.dtype}, expected floats in [-1, 1]: divide 16-bit integers by 32768."
-            )
-        if len(array) < self.min_length:
-            raise ValueError(
-                f"Clip {index} has {len(array)} samples, expected at least {self.min_length} "
-                f"({self.min_length / self.sampling_rate:.3f} s at {self.sampling_rate} Hz): there is too little to hear."
-            )
-        if not np.isfinite(array).all():
-            raise ValueError(f"Clip {index} holds NaN or infinite samples: repair the recording, or leave it out.")
-        return np.ascontiguousarray(array, dtype=np.float32)
+        return [check_clip(clip, self, index) for index, clip in enumerate(clips)]
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()

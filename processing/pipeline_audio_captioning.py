@@ -13,6 +13,8 @@ from transformers import GenerationConfig
 from transformers.audio_utils import load_audio
 from transformers.pipelines.base import ChunkPipeline
 
+from .feature_extraction_lamb import check_clip, shortest_clip
+
 
 def read_audio(source: Any, sampling_rate: int, source_rate: int | None = None) -> np.ndarray:
     """
@@ -167,16 +169,14 @@ class AudioCaptioningPipeline(ChunkPipeline):
         extractor = self.processor.feature_extractor
         rate, error = extractor.sampling_rate, None
         try:
-            audio = read_audio(inputs, rate, sampling_rate)
-            if len(audio) < getattr(extractor, "min_length", 1) or not np.isfinite(audio).all():
-                extractor(audio, sampling_rate=rate)  # says what is wrong with it
+            audio = check_clip(read_audio(inputs, rate, sampling_rate), extractor)
         except ValueError as problem:
             if on_error == "raise":
                 raise
             audio, error = np.zeros(rate, dtype=np.float32), str(problem)
         window = len(audio) if chunk_length_s is None else max(1, round(chunk_length_s * rate))
         starts = list(range(0, len(audio), window))
-        if len(starts) > 1 and len(audio) - starts[-1] < getattr(extractor, "min_length", 1):
+        if len(starts) > 1 and len(audio) - starts[-1] < shortest_clip(extractor):
             starts.pop()  # what is left is too short to hear; the window before it takes it in
         for index, start in enumerate(starts):
             is_last = index == len(starts) - 1

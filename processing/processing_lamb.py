@@ -1,6 +1,7 @@
 """Audio, prompts and captions in, model inputs out; generated tokens in, captions out."""
 
 import math
+import os
 from typing import Any
 
 import torch
@@ -8,8 +9,8 @@ from tokenizers import AddedToken
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import logging
 
-from .feature_extraction_lamb import LambFeatureExtractor
-from .pipeline_audio_captioning import AudioCaptioningPipeline
+from .feature_extraction_lamb import LambFeatureExtractor, check_clip
+from .pipeline_audio_captioning import AudioCaptioningPipeline, read_audio
 
 logger = logging.get_logger(__name__)
 
@@ -67,7 +68,7 @@ class LambProcessor(ProcessorMixin):
             text: prompts. None asks the default question about each clip; a text without the placeholder is put into
                 the template; one with it is taken as it stands. Without audio, it is plain text for the LLM.
             audio: one clip or a list: arrays or tensors `(samples,)`, or paths and URLs.
-            sampling_rate: of the clips, in Hz.
+            sampling_rate: of arrays and tensors, in Hz.
             captions: one for each text; adds `labels` and pads on the right, for training. Without them the padding is on
                 the left, for generation.
             kwargs: `text_kwargs`, `audio_kwargs`, or arguments of the tokenizer and the feature extractor.
@@ -87,15 +88,21 @@ class LambProcessor(ProcessorMixin):
         if audio is None and captions is not None:
             raise ValueError("captions were given without audio: pass the clips that they describe as audio=.")
         text_kwargs = dict(kwargs.pop("text_kwargs", {}))
-        if audio is not None or isinstance(text, (list, tuple)):
-            text_kwargs.setdefault("padding", True)
-        text_kwargs.setdefault("padding_side", "left" if captions is None else "right")
+        defaults = {
+            "padding": audio is not None or isinstance(text, (list, tuple)),
+            "padding_side": "left" if captions is None else "right",
+        }
+        for name, value in defaults.items():
+            if name not in kwargs:
+                text_kwargs.setdefault(name, value)
         if audio is not None:
+            audio = self._read_files(audio, kwargs)
             _, _, _, audio = self.prepare_inputs_layout(audio=audio)
             text = self._prompts(text, len(audio))
         if captions is None:
             return super().__call__(text=text, audio=audio, text_kwargs=text_kwargs, **kwargs)
 
+        text_kwargs |= {name: kwargs[name] for name in defaults if name in kwargs}
         labelled = self.label_texts(captions, text, **text_kwargs)
         kwargs["return_tensors"] = "pt"
         return BatchFeature(dict(labelled) | dict(super().__call__(audio=audio, **kwargs)))
@@ -134,13 +141,23 @@ class LambProcessor(ProcessorMixin):
         inputs.pop("token_type_ids", None)
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         for row, prompt in enumerate(self.tokenizer(prompts)["input_ids"]):
-            if inputs["input_ids"][row, : len(prompt)].tolist() != prompt:
+            start = int(inputs["attention_mask"][row].argmax())  # 0, unless someone pads on the left
+            end = start + len(prompt)
+            if inputs["input_ids"][row, start:end].tolist() != prompt:
                 raise ValueError(
                     f"Prompt {prompts[row]!r} ends within a token once a caption follows: end it with punctuation, so that "
                     "training and generation see the same tokens."
                 )
-            labels[row, : len(prompt)] = -100
+            labels[row, start:end] = -100
         return BatchFeature(dict(inputs) | {"labels": labels})
+
+    def _read_files(self, audio: Any, kwargs: dict) -> Any:
+        """Paths and URLs decoded at the extractor's rate; anything else as it is."""
+        sources = audio if isinstance(audio, (list, tuple)) else [audio]
+        if not sources or not all(isinstance(source, (str, os.PathLike)) for source in sources):
+            return audio
+        kwargs["sampling_rate"] = self.feature_extractor.sampling_rate
+        return [read_audio(source, kwargs["sampling_rate"]) for source in sources]
 
     def _refuse_unknown(self, kwargs: dict) -> None:
         known = set(self.valid_processor_kwargs.__annotations__) | {"common_kwargs", "videos", "images"}
@@ -160,6 +177,7 @@ class LambProcessor(ProcessorMixin):
     def _process_audio(self, audio: Any, **kwargs: Any) -> tuple[dict, list[str]]:
         extractor = self.feature_extractor
         if not isinstance(extractor, LambFeatureExtractor):
+            audio = [check_clip(clip, extractor, index) for index, clip in enumerate(audio)]
             self._warn_of_truncation(audio)
         processed = extractor(audio, **kwargs)
         features = processed["input_features"] if "input_features" in processed else processed["input_values"]

@@ -224,6 +224,8 @@ def test_bad_audio_is_refused_by_number(extractor, clip, message):
 def test_other_refusals(extractor):
     with pytest.raises(ValueError, match=r"sampling_rate=44100 Hz, expected 16000 Hz: resample it first"):
         extractor(noise(1.0), sampling_rate=44100)
+    with pytest.raises(ValueError, match=r"max_length=64 samples would cut the clips below the 2400"):
+        extractor(noise(1.0), sampling_rate=16000, truncation=True, max_length=64)
     with pytest.raises(ValueError, match=r"Unknown arguments \['paddding'\]"):
         extractor(noise(1.0), sampling_rate=16000, paddding=True)
 
