@@ -22,14 +22,17 @@ def main(arguments: list[str] | None = None) -> int:
     caption.add_argument("--json", action="store_true", help="one JSON object a file, with the windows' times")
     options = parser.parse_args(arguments)
 
-    from transformers import pipeline  # after parsing, so that --help is instant
+    from transformers import AutoProcessor  # after parsing, so that --help is instant
     from transformers.utils import logging
 
-    from . import default_checkpoint
+    from . import AudioCaptioningPipeline, LambForAudioCaptioning, default_checkpoint
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    captioner = pipeline("audio-captioning", model=options.model or default_checkpoint(), device="cpu" if not options.model else None)
+    name = options.model or default_checkpoint()
+    captioner = AudioCaptioningPipeline(
+        model=LambForAudioCaptioning.from_pretrained(name), processor=AutoProcessor.from_pretrained(name)
+    )
     settings = {
         "prompt": options.prompt,
         "num_beams": options.beams,

@@ -1,8 +1,10 @@
 """One door for every audio encoder: log-mel features and mask in, a time grid of tokens and its mask out."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from .modeling_ced import CedModel, convert_ced_state_dict
@@ -11,7 +13,7 @@ from .modeling_ced import CedModel, convert_ced_state_dict
 PATCH_FRAMES, PATCH_HOP = 96, 48
 
 
-def build_audio_encoder(config: PreTrainedConfig) -> PreTrainedModel:
+def build_audio_encoder(config: Any) -> PreTrainedModel:
     """
     The encoder of an `audio_config`, with random weights.
 
@@ -29,7 +31,7 @@ def build_audio_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     return AutoModel.from_config(config)
 
 
-def audio_backbone_state_dict(config: PreTrainedConfig, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+def audio_backbone_state_dict(config: Any, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """A published checkpoint's state dict with the names that the encoder of [`build_audio_encoder`] has."""
     if config.model_type == "ced":
         return convert_ced_state_dict(state_dict)
@@ -48,7 +50,7 @@ def audio_backbone_state_dict(config: PreTrainedConfig, state_dict: dict[str, Te
     }
 
 
-def encode_audio(encoder: PreTrainedModel, features: Tensor, mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor]:
+def encode_audio(encoder: PreTrainedModel, features: Any, mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor]:
     """
     Args:
         encoder: from [`build_audio_encoder`].

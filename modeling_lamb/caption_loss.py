@@ -44,7 +44,7 @@ class _DualCrossEntropy(torch.autograd.Function):
             else:
                 guided = (z - bias[row]).sub_(norms[1, row, valid, None]).exp_()
                 guided.scatter_add_(1, label, minus_one).mul_(grad_guided)
-                grad_bias[row] = -guided.sum(0)
+                grad_bias[row] = -guided.sum(0)  # type: ignore[index]
                 gradient.mul_(grad_plain).add_(guided)
             grad_logits[row, valid] = gradient.to(logits.dtype)
         return grad_logits, grad_bias, None

@@ -131,7 +131,7 @@ class LambConfig(PreTrainedConfig):
     @property
     def audio_hidden_size(self) -> int:
         """D, the width of the encoder's tokens."""
-        config = self.audio_config
+        config: Any = self.audio_config
         if config.model_type == "mobilenet_v1":
             return max(int(1024 * config.depth_multiplier), config.min_depth)
         return config.hidden_size

@@ -132,6 +132,9 @@ class CrossModalAligner(nn.Module):
     local. All ranks must hold the same number of clips.
     """
 
+    text_mean: Tensor
+    batches_seen: Tensor
+
     def __init__(self, config: LambConfig, text_hidden_size: int) -> None:
         super().__init__()
         self.kernel_space, self.kernel_width = config.kernel_space, config.kernel_width

@@ -12,7 +12,6 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.audio_spectrogram_transformer.modeling_audio_spectrogram_transformer import (
     eager_attention_forward,
@@ -73,8 +72,9 @@ class CedAttention(nn.Module):
 class CedMLP(nn.Module):
     def __init__(self, config: CedConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        width, inner = config.hidden_size, config.intermediate_size or 4 * config.hidden_size
+        self.fc1 = nn.Linear(width, inner)
+        self.fc2 = nn.Linear(inner, width)
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class CedPreTrainedModel(PreTrainedModel):
     config: CedConfig
     base_model_prefix = "ced"
     main_input_name = "input_features"
-    input_modalities = ("audio",)
+    input_modalities = ["audio"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["CedPatchEmbeddings", "CedLayer"]
     _supports_sdpa = True
@@ -241,7 +241,7 @@ def convert_ced_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     state_dict = state_dict.get("model", state_dict)  # type: ignore[assignment]  # the original may be wrapped
     with torch.device("meta"):
         known = set(CedModel(CedConfig(num_hidden_layers=1, hidden_size=16, num_attention_heads=1)).state_dict())
-    converted = {}
+    converted: dict[str, Tensor] = {}
     for original, value in state_dict.items():
         key = original.removeprefix("encoder.")
         if _DROPPED.match(key):

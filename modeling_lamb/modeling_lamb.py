@@ -36,7 +36,7 @@ from .token_guide import TokenGuide, TokenGuideLogitsProcessor
 from .two_stream_adapter import ADAPTERS, QFormerAdapter, QueryAttention
 
 # How the backbones of a small checkpoint are downloaded: as the checkpoint itself.
-_download_options: ContextVar[dict[str, Any]] = ContextVar("download_options", default={})
+_download_options: ContextVar[dict[str, Any] | None] = ContextVar("download_options", default=None)
 
 
 @dataclass
@@ -80,8 +80,12 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
     """
 
     config: LambConfig
+    audio_encoder: PreTrainedModel
+    language_model: PreTrainedModel
+    adapter: Any
+    hf_quantizer: Any
     base_model_prefix = "lamb"
-    input_modalities = ("audio", "text")
+    input_modalities = ["audio", "text"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -112,7 +116,7 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> Any:
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -133,7 +137,7 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
         if type(table) is nn.Embedding and not hasattr(table.weight, "ds_id"):
             return table.weight
         # A scaled table (Gemma) or one that is sharded outside its own forward (ZeRO-3).
-        return table(torch.arange(table.num_embeddings, device=self.device))
+        return table(torch.arange(table.num_embeddings, device=str(self.device)))
 
     def freeze_backbones(self) -> None:
         """Fixes the backbones' own weights as the config says, and beta where nothing would train it."""
@@ -335,7 +339,7 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             audio_embeds=audio_embeds,
-            **losses,
+            **losses,  # type: ignore[arg-type]
         )
 
     def _aligned(
@@ -409,7 +413,7 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
         weight = kwargs.pop("token_guide_weight", None)
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         if weight is not None:
-            generation_config.token_guide_weight = weight
+            generation_config.token_guide_weight = weight  # type: ignore[attr-defined]
         return generation_config, model_kwargs
 
     def _maybe_prepare_encoder_kwargs_for_generation(
@@ -437,7 +441,7 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
         processors = super()._get_logits_processor(generation_config, **kwargs)
         scores = (kwargs.get("model_kwargs") or {}).pop("token_guide_scores", None)
         if self.config.audio_token_id < self.config.get_text_config().vocab_size:
-            processors.insert(0, SuppressTokensLogitsProcessor([self.config.audio_token_id], device=self.device))
+            processors.insert(0, SuppressTokensLogitsProcessor([self.config.audio_token_id], device=str(self.device)))
         if scores is not None:  # first of all, since the guided logits are the model's logits
             weight = getattr(generation_config, "token_guide_weight", None)
             weight = self.token_guide.beta.detach() if weight is None else weight
@@ -582,7 +586,7 @@ def _sparing_quantization_config(settings: dict | QuantizationConfigMixin) -> Qu
 
 def _add_lora_to_quantized(model: LambForAudioCaptioning, weights: dict[str, Any], quantizer: Any) -> None:
     """PEFT chooses its layers by those that they wrap, so LoRA comes last; it goes where its base layer lies."""
-    llm = model.language_model
+    llm: Any = model.language_model
     llm.hf_quantizer = quantizer
     llm.is_loaded_in_8bit = getattr(quantizer.quantization_config, "load_in_8bit", False)
     llm.is_loaded_in_4bit = getattr(quantizer.quantization_config, "load_in_4bit", False)
@@ -592,15 +596,15 @@ def _add_lora_to_quantized(model: LambForAudioCaptioning, weights: dict[str, Any
         raise ValueError(f"The checkpoint's LoRA does not fit config.peft_config: there is no place for {unknown[0]}.")
     for key, parameter in model.named_parameters():
         if "lora_" in key:
-            parameter._is_hf_initialized = True  # by the checkpoint or by PEFT
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # by the checkpoint or by PEFT
 
 
-def _lazy_state_dict(files: list[str]) -> dict[str, Any]:
+def _lazy_state_dict(files: list[str] | None) -> dict[str, Any]:
     """Weights of safetensors files, read only when they are loaded into the model (ZeRO-3 wants them whole)."""
     weights = {}
-    for file in files:
+    for file in files or []:
         pointer = safe_open(file, framework="pt")
-        for key in pointer.keys():
+        for key in pointer.keys():  # noqa: SIM118 - it is no mapping
             weights[key] = pointer.get_tensor(key) if is_deepspeed_zero3_enabled() else pointer.get_slice(key)
     return weights
 
@@ -613,7 +617,7 @@ def _backbone_state_dict(model: LambForAudioCaptioning, backbone: str, model_id:
         use_safetensors=True,
         user_agent=None,
         is_remote_code=False,
-        download_kwargs={**_download_options.get(), "revision": revision},
+        download_kwargs={**(_download_options.get() or {}), "revision": revision},
     )
     weights = _lazy_state_dict(files)
     if backbone == "audio_encoder":

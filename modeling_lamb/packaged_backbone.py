@@ -99,6 +99,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     # What came out is plain float32; the library would still refuse to save it as quantised.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.is_quantized, model.hf_quantizer = False, None
+    setattr(model, "is_quantized", False)  # noqa: B010 - torch's types know no plain attributes
+    setattr(model, "hf_quantizer", None)  # noqa: B010
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, **source).save_pretrained(folder)

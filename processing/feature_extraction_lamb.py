@@ -32,7 +32,9 @@ def check_clip(clip: Any, extractor: Any, index: int = 0) -> np.ndarray:
             f"Clip {index} has the shape {array.shape}, expected mono audio (samples,): average its channels first."
         )
     if not np.issubdtype(array.dtype, np.floating) and len(array):
-        raise ValueError(f"Clip {index} holds {array.dtype}, expected floats in [-1, 1]: divide 16-bit integers by 32768.")
+        raise ValueError(
+            f"Clip {index} holds {array.dtype}, expected floats in [-1, 1]: divide 16-bit integers by 32768."
+        )
     if len(array) < shortest:
         raise ValueError(
             f"Clip {index} has {len(array)} samples, expected at least {shortest} ({shortest / rate:.3f} s at {rate} Hz): "
@@ -173,7 +175,9 @@ class LambFeatureExtractor(SequenceFeatureExtractor):
                 or an unknown argument; it says which clip and how to mend it.
         """
         if kwargs:
-            raise ValueError(f"Unknown arguments {sorted(kwargs)}; see LambFeatureExtractor.__call__ for what it takes.")
+            raise ValueError(
+                f"Unknown arguments {sorted(kwargs)}; see LambFeatureExtractor.__call__ for what it takes."
+            )
         if sampling_rate is None:
             logger.warning_once(
                 f"sampling_rate was not given; {self.sampling_rate} Hz is taken for granted. Pass it to be safe."
@@ -209,7 +213,7 @@ class LambFeatureExtractor(SequenceFeatureExtractor):
         if return_tensors is not None:
             if len({feature.shape for feature in features}) > 1:
                 raise ValueError("Clips of different length make no tensor: use padding=True, or return_tensors=None.")
-            data = {"input_features": torch.stack(features), "input_features_mask": torch.stack(masks)}
+            data: dict[str, Any] = {"input_features": torch.stack(features), "input_features_mask": torch.stack(masks)}
             if TensorType(return_tensors) == TensorType.NUMPY:
                 data = {name: value.numpy() for name, value in data.items()}
         else:

@@ -9,6 +9,7 @@ import numpy as np
 import soundfile
 import soxr
 import torch
+from huggingface_hub.utils import httpx  # the client that load_audio fetches with
 from transformers import GenerationConfig
 from transformers.audio_utils import load_audio
 from transformers.pipelines.base import ChunkPipeline
@@ -45,7 +46,11 @@ def read_audio(source: Any, sampling_rate: int, source_rate: int | None = None) 
         source = source.detach().cpu().numpy()
     array = np.asarray(source)
     if source_rate is None:
-        raise ValueError("An array of audio needs its rate: pass sampling_rate=, or {'array': ..., 'sampling_rate': ...}.")
+        raise ValueError(
+            "An array of audio needs its rate: pass sampling_rate=, or {'array': ..., 'sampling_rate': ...}."
+        )
+    if source_rate <= 0:
+        raise ValueError(f"sampling_rate={source_rate} of an array must be a positive number of Hz.")
     if not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"The array holds {array.dtype}, expected floats in [-1, 1]: divide 16-bit integers by 32768.")
     if array.ndim == 2:
@@ -66,6 +71,8 @@ def _decode(source: str | os.PathLike | bytes, sampling_rate: int) -> np.ndarray
             raise ValueError(f"There is no file {location!r}: give a path to a sound file, a URL, or an array.")
     try:
         return load_audio(location, sampling_rate=sampling_rate, backend="soundfile")
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ValueError(f"{name} cannot be fetched ({error}): check the address and the network.") from error
     except (soundfile.SoundFileError, RuntimeError) as error:
         raise ValueError(
             f"{name} cannot be decoded as audio ({error}): give WAV, FLAC, OGG or MP3, or convert it, for example "
@@ -86,11 +93,13 @@ class AudioCaptioningPipeline(ChunkPipeline):
     ```
     """
 
-    _load_processor = True
-    _load_feature_extractor = False
-    _load_image_processor = False
-    _load_video_processor = False
-    _load_tokenizer = False
+    processor: Any
+    model: Any
+    _load_processor: bool | None = True  # type: ignore[assignment]
+    _load_feature_extractor: bool | None = False  # type: ignore[assignment]
+    _load_image_processor: bool | None = False  # type: ignore[assignment]
+    _load_video_processor: bool | None = False  # type: ignore[assignment]
+    _load_tokenizer: bool | None = False  # type: ignore[assignment]
     _pipeline_calls_generate = True
     _default_generation_config = GenerationConfig(max_new_tokens=64)
 
@@ -174,7 +183,12 @@ class AudioCaptioningPipeline(ChunkPipeline):
             if on_error == "raise":
                 raise
             audio, error = np.zeros(rate, dtype=np.float32), str(problem)
-        window = len(audio) if chunk_length_s is None else max(1, round(chunk_length_s * rate))
+        window = len(audio) if chunk_length_s is None else round(chunk_length_s * rate)
+        if window < shortest_clip(extractor):
+            raise ValueError(
+                f"chunk_length_s={chunk_length_s} makes windows of {window} samples, expected at least "
+                f"{shortest_clip(extractor)}: there would be too little to hear in each."
+            )
         starts = list(range(0, len(audio), window))
         if len(starts) > 1 and len(audio) - starts[-1] < shortest_clip(extractor):
             starts.pop()  # what is left is too short to hear; the window before it takes it in

@@ -32,6 +32,7 @@ class LambProcessor(ProcessorMixin):
     """
 
     audio_kwargs = {"return_attention_mask": True}
+    pipeline_class = AudioCaptioningPipeline  # so that its file travels with this one when they are saved for the Hub
 
     def __init__(
         self,
@@ -107,7 +108,9 @@ class LambProcessor(ProcessorMixin):
         kwargs["return_tensors"] = "pt"
         return BatchFeature(dict(labelled) | dict(super().__call__(audio=audio, **kwargs)))
 
-    def label_texts(self, captions: str | list[str], text: list[str] | None = None, **text_kwargs: Any) -> BatchFeature:
+    def label_texts(
+        self, captions: str | list[str], text: str | list[str] | None = None, **text_kwargs: Any
+    ) -> BatchFeature:
         """
         The text side of training alone, for audio that was encoded before.
 
@@ -224,8 +227,5 @@ class LambProcessor(ProcessorMixin):
         marker = self.prompt_template.split("{prompt}")[1]
         return text.split(marker, 1)[-1].strip() if marker else text.strip()
 
-
-# So that the pipeline's file travels with the processor's when both are saved for the Hub.
-LambProcessor.pipeline_class = AudioCaptioningPipeline
 
 __all__ = ["LambProcessor"]

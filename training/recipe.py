@@ -2,15 +2,17 @@
 
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from modeling_lamb import LambConfig, LambForAudioCaptioning, LambProcessor
-from modeling_lamb.packaged_backbone import cache_folder, resolve_backbone
 from processing_lamb import LambFeatureExtractor
 from transformers import AutoFeatureExtractor, AutoTokenizer, TrainingArguments
+
+from modeling_lamb import LambConfig, LambForAudioCaptioning, LambProcessor
+from modeling_lamb.packaged_backbone import cache_folder, resolve_backbone
 
 from .convert_yamnet import yamnet_folder
 from .data import Clip, read_folder
@@ -29,15 +31,18 @@ class Source:
     folder: str | None = None
     soundscapes: dict | None = None
 
-    def read(self) -> tuple[list[Clip], str]:
+    def read(self) -> tuple[Sequence[Clip], str]:
         """The clips, and a name that changes when they do."""
         if (self.folder is None) == (self.soundscapes is None):
             raise ValueError("A data source needs either 'folder' or 'soundscapes'.")
         if self.folder is not None:
             return read_folder(self.folder), Path(self.folder).resolve().name
-        from .soundscapes import compose_clips
+        from .soundscapes.mixing import SoundscapeClips  # its parts are installed by the extra `mini` only
+        from .soundscapes.sources import fetch
 
-        return compose_clips(**self.soundscapes), "soundscapes-" + "-".join(str(v) for v in self.soundscapes.values())
+        settings = self.soundscapes or {}
+        fetch()
+        return SoundscapeClips(**settings), "soundscapes-" + "-".join(str(value) for value in settings.values())
 
 
 @dataclass

@@ -5,16 +5,18 @@ import json
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 import yaml
-from modeling_lamb import LambForAudioCaptioning, LambProcessor
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
+
+from modeling_lamb import LambForAudioCaptioning, LambProcessor
 
 from .data import CaptionCollator, EncodedClips, OneRowPerCaption, WaveformClips
 from .recipe import Recipe, Source, Stage
@@ -77,7 +79,7 @@ def _trainer(
     train: Dataset,
     validation: Dataset | None,
 ) -> LambTrainer:
-    settings = {"seed": recipe.seed, "remove_unused_columns": False, "report_to": "none", "label_names": ["labels"]}
+    settings: dict[str, Any] = {"seed": recipe.seed, "remove_unused_columns": False, "report_to": "none", "label_names": ["labels"]}
     settings |= stage.training
     if validation is None:
         settings["eval_strategy"] = "no"

@@ -84,7 +84,9 @@ def test_full_checkpoints_load_save_load(settings, prompts, tmp_path):
     assert_same(model, loaded, prompts)
     assert_frozen(loaded)
     loaded.save_pretrained(tmp_path / "2")
-    assert load_file(tmp_path / "1" / "model.safetensors").keys() == load_file(tmp_path / "2" / "model.safetensors").keys()
+    assert (
+        load_file(tmp_path / "1" / "model.safetensors").keys() == load_file(tmp_path / "2" / "model.safetensors").keys()
+    )
     assert_same(model, AutoModel.from_pretrained(tmp_path / "2"), prompts)
     third = AutoModelForMultimodalLM.from_pretrained(tmp_path / "2")
     assert_same(model, third, prompts)
@@ -168,12 +170,16 @@ def test_a_new_model_starts_from_its_backbones(backbones):
     model, report = LambForAudioCaptioning.from_pretrained(None, config=config, state_dict={}, output_loading_info=True)
     audio, text = CedModel.from_pretrained(backbones[0]), AutoModelForCausalLM.from_pretrained(backbones[1])
     for part, reference in ((model.audio_encoder, audio), (model.language_model, text)):
-        weights = {key.replace("base_layer.", ""): value for key, value in part.state_dict().items() if "lora_" not in key}
+        weights = {
+            key.replace("base_layer.", ""): value for key, value in part.state_dict().items() if "lora_" not in key
+        }
         assert weights.keys() == reference.state_dict().keys()
         torch.testing.assert_close(weights, dict(reference.state_dict()), atol=0, rtol=0)
     assert all(p.any() == ("lora_A" in name) for name, p in model.named_parameters() if "lora_" in name)
     assert not [
-        key for key in report["missing_keys"] if key.startswith(("audio_encoder", "language_model")) and "lora_" not in key
+        key
+        for key in report["missing_keys"]
+        if key.startswith(("audio_encoder", "language_model")) and "lora_" not in key
     ]
     assert not report["unexpected_keys"]
     assert model.token_guide.beta.item() == pytest.approx(0.1)
@@ -380,7 +386,9 @@ def test_the_llm_may_be_quantised_and_lora_lies_on_top(name, form, wide_backbone
     kinds = {key: type(module).__name__ for key, module in loaded.named_modules()}
     inner = "language_model.model.layers.1"
     assert kinds[f"{inner}.mlp.up_proj"] == layer and kinds[f"{inner}.self_attn.q_proj"] == lora_layer
-    spared = [key for key, p in loaded.named_parameters() if not p.is_floating_point() or type(p) is not torch.nn.Parameter]
+    spared = [
+        key for key, p in loaded.named_parameters() if not p.is_floating_point() or type(p) is not torch.nn.Parameter
+    ]
     assert spared and all(key.startswith("language_model.model.layers.") for key in spared)
     own, others = model.state_dict(), loaded.state_dict()
     for key in own:  # all but the quantised layers is as it was
@@ -388,7 +396,9 @@ def test_the_llm_may_be_quantised_and_lora_lies_on_top(name, form, wide_backbone
             assert torch.equal(own[key], others[key]), key
     assert_frozen(loaded)
     validate_quantization_for_training(loaded)  # what the Trainer asks first
-    loaded.train()(**batch).loss.backward()  # before any inference, for which 4-bit weights are packed for good on a CPU
+    loaded.train()(
+        **batch
+    ).loss.backward()  # before any inference, for which 4-bit weights are packed for good on a CPU
     learning = {key for key, p in loaded.named_parameters() if p.grad is not None}
     assert learning == {key for key, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():

@@ -231,7 +231,8 @@ def test_centred_space_takes_off_the_running_text_mean():
     result = losses(aligner, z_a, z_t, text_mask)
     assert torch.equal(aligner.text_mean, before)  # evaluation does not move it
     tokens = [
-        cs_oracle(normalize(z_a[i] - before, dim=-1), normalize(z_t[i, text_mask[i]] - before, dim=-1)) for i in range(5)
+        cs_oracle(normalize(z_a[i] - before, dim=-1), normalize(z_t[i, text_mask[i]] - before, dim=-1))
+        for i in range(5)
     ]
     assert result["cs_token_loss"] == pytest.approx(sum(tokens) / 5, abs=1e-5)
 

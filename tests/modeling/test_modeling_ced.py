@@ -43,7 +43,10 @@ def published(model: CedModel, form: str) -> dict[str, torch.Tensor]:
             weights[key] = value.clone()
     if form == "original":
         weights = {key.replace("init_bn.", "init_bn.1."): value for key, value in weights.items()}
-        weights |= {"front_end.0.mel_scale.fb": torch.zeros(257, 64), "front_end.0.spectrogram.window": torch.zeros(512)}
+        weights |= {
+            "front_end.0.mel_scale.fb": torch.zeros(257, 64),
+            "front_end.0.spectrogram.window": torch.zeros(512),
+        }
     else:
         weights = {f"encoder.{key}": value for key, value in weights.items()}
     return weights | {"outputlayer.0.weight": torch.ones(WIDTH), "outputlayer.1.weight": torch.ones(527, WIDTH)}

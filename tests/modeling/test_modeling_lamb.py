@@ -146,14 +146,12 @@ def test_a_row_of_text_beside_a_row_of_audio(model, processor):
     output = model(**batch)
     assert output.audio_embeds.shape == (3, 8, 48)
     for beams in (1, 3):
-        options = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": beams}
+        options = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": beams, "token_guide_weight": 3.0}
         generated = model.generate(**batch, **options)[:, -5:]
         for row, single in enumerate(singles):
             length = single["input_ids"].shape[1]
             close(output.logits[row, -length:], model(**single).logits[0])
             assert torch.equal(generated[row], model.generate(**single, **options)[0, -5:])
-    unguided = model.generate(**singles[0], max_new_tokens=5, token_guide_weight=0.0)
-    assert torch.equal(unguided, model.generate(**singles[0], max_new_tokens=5))
 
 
 def test_losses_with_a_row_of_text_are_finite(model, processor, training_batch):
@@ -271,7 +269,9 @@ def test_alignment_alone_runs_no_llm(model, training_batch, monkeypatch):
 def test_eos_is_learnt_but_is_no_part_of_the_caption(model, training_batch):
     assert (training_batch["labels"] == 1).sum() == 4
     whole = model(**training_batch)
-    shorter = dict(training_batch) | {"labels": training_batch["labels"].masked_fill(training_batch["labels"] == 1, -100)}
+    shorter = dict(training_batch) | {
+        "labels": training_batch["labels"].masked_fill(training_batch["labels"] == 1, -100)
+    }
     cut = model(**shorter)
     close(whole.cs_token_loss, cut.cs_token_loss)
     assert (whole.decoder_loss - cut.decoder_loss).abs() > 1e-3

@@ -1,7 +1,12 @@
 import pytest
 from training_lamb.event_scores import bootstrap, event_f1, named_classes, right_order, score_soundscapes
 
-KEYWORDS = {"dog": ["dog", "dogs", "barks"], "car": ["car"], "car_horn": ["car horn", "honks"], "rain": ["rain", "raining"]}
+KEYWORDS = {
+    "dog": ["dog", "dogs", "barks"],
+    "car": ["car"],
+    "car_horn": ["car horn", "honks"],
+    "rain": ["rain", "raining"],
+}
 
 
 def test_classes_are_named_by_whole_words_in_order():

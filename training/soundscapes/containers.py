@@ -95,7 +95,7 @@ def _render(path: Path, note: str) -> np.ndarray:
     """A note of a SoundFont, held for `seconds` and rung out for one more: (samples,) at 44.1 kHz."""
     bank, program, key, seconds = (float(part) if "." in part else int(part) for part in note.split(".", 3))
     synth, font = _synth(path, path.stat().st_mtime)
-    synth.sounds_off_all()
+    synth.sounds_off()
     synth.program_select(0, font, int(bank), int(program))
     synth.noteon(0, int(key), 100)
     held = np.frombuffer(bytes(synth.generate(int(seconds * _RENDER_RATE))), np.float32)

@@ -1,0 +1,1 @@
+"""Composed soundscapes of real recordings, with captions and their ground truth."""

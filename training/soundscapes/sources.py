@@ -1,0 +1,143 @@
+"""Debian packages with recordings: fetched and unpacked into the user's cache, without root."""
+
+import csv
+import fnmatch
+import os
+import shutil
+import subprocess
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from filelock import FileLock
+from modeling_lamb.packaged_backbone import cache_folder
+from transformers.utils import logging
+
+from .containers import rcc_members
+
+logger = logging.get_logger(__name__)
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A file of the table: its class, the split and family that it belongs to, its package and its path there."""
+
+    class_name: str
+    split: str
+    family: int
+    package: str
+    path: str
+
+
+@dataclass(frozen=True)
+class SoundClass:
+    """How a class is said: clauses ("a dog barks"), nouns ("a dog barking"), and the words that name it."""
+
+    name: str
+    repeats: int
+    clauses: tuple[str, ...]
+    nouns: tuple[str, ...]
+    keywords: tuple[str, ...]
+
+
+def _table(name: str) -> list[dict[str, str]]:
+    with open(FOLDER / f"{name}.csv", newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def read_classes() -> dict[str, SoundClass]:
+    """The hand-written classes by name."""
+    classes = {}
+    for row in _table("classes"):
+        said = [tuple(row[column].split("|")) for column in ("clauses", "nouns", "keywords")]
+        classes[row["class"]] = SoundClass(row["class"], int(row["repeats"]), *said)
+    return classes
+
+
+def package_folder(package: str) -> Path:
+    """Where a package is unpacked: `soundscapes/<package>` in the cache."""
+    return cache_folder() / "soundscapes" / package
+
+
+def fetch(packages: list[str] | None = None) -> dict[str, str]:
+    """
+    Downloads and unpacks the packages of the table that are not there yet.
+
+    One that cannot be had is left out, with a warning; the others are used. An interrupted unpacking starts anew, and
+    two processes may run at once.
+
+    Returns:
+        What went wrong, by package; empty when all is well.
+    """
+    problems = {}
+    for package in packages or [row["package"] for row in _table("packages")]:
+        folder = package_folder(package)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if folder.is_dir():
+                continue
+            try:
+                _unpack(package, folder)
+            except (OSError, subprocess.CalledProcessError) as error:
+                detail = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
+                problems[package] = " ".join(detail)
+                logger.warning(
+                    f"The package {package} cannot be had ({problems[package]}); going on without its recordings. It needs "
+                    "apt-get and dpkg-deb, and the network to a Debian mirror (`apt-get update` first); run again to retry."
+                )
+    return problems
+
+
+def _unpack(package: str, folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+        quiet = {"check": True, "capture_output": True, "text": True, "cwd": work}
+        subprocess.run(["apt-get", "download", package], **quiet)  # type: ignore[call-overload]
+        archive = next(Path(work).glob("*.deb"))
+        if shutil.disk_usage(work).free < 4 * archive.stat().st_size:
+            raise OSError(f"the disk is nearly full: unpacking takes about {3 * archive.stat().st_size / 1e6:.0f} MB")
+        subprocess.run(["dpkg-deb", "-x", archive.name, "unpacked"], **quiet)  # type: ignore[call-overload]
+        os.replace(Path(work) / "unpacked", folder)  # whole or not at all
+
+
+@cache
+def _members(container: Path) -> tuple[str, ...]:
+    if container.suffix == ".rcc":
+        return tuple(rcc_members(container.read_bytes()))
+    with zipfile.ZipFile(container) as archive:
+        return tuple(archive.namelist())
+
+
+def read_recordings() -> list[Recording]:
+    """
+    The recordings of the table that are in the cache, each with its family: a row of the table, takes of one source.
+
+    Raises:
+        FileNotFoundError: when none is; it says how to fetch them.
+    """
+    bases = {row["package"]: row["base"] for row in _table("packages")}
+    recordings = []
+    for family, row in enumerate(_table("recordings")):
+        package = row["package"]
+        if not package_folder(package).is_dir():
+            continue
+        for pattern in row["files"].split():
+            joined = f"{bases[package]}{'' if bases[package].endswith('!') else '/'}{pattern}"
+            for path in _matches(package_folder(package), joined.replace("!", "!/").replace("!//", "!/")):
+                recordings.append(Recording(row["class"], row["split"], family, package, path))
+    if not recordings:
+        raise FileNotFoundError("No recordings are in the cache: run `python -m training_lamb.soundscapes fetch`.")
+    return recordings
+
+
+def _matches(root: Path, pattern: str) -> list[str]:
+    file, _, inner = pattern.partition("!/")
+    if not inner:
+        return sorted(str(path.relative_to(root)) for path in root.glob(file))
+    if file.endswith(".sf2"):  # a note, not a file
+        return [pattern] if (root / file).is_file() else []
+    if not (root / file).is_file():
+        return []
+    return sorted(f"{file}!/{member}" for member in _members(root / file) if fnmatch.fnmatch(member, inner))
