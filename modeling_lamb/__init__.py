@@ -47,7 +47,9 @@ def default_checkpoint() -> str:
         FileNotFoundError: when this copy of the package carries none.
     """
     if not (_MINI / "model.safetensors").is_file():
-        raise FileNotFoundError(f"There is no model in {_MINI}: train it with `make train-mini`, or name another model.")
+        raise FileNotFoundError(
+            f"There is no model in {_MINI}: train it with `make train-mini`, or name another model."
+        )
     return str(_MINI)
 
 

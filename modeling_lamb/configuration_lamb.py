@@ -109,8 +109,12 @@ class LambConfig(PreTrainedConfig):
         if self.num_audio_tokens < 1:
             raise ValueError(f"num_audio_tokens={self.num_audio_tokens} must be at least 1.")
         if any(size % 2 == 0 for size in self.conv_kernel_sizes):
-            raise ValueError(f"conv_kernel_sizes={self.conv_kernel_sizes} must be odd, to keep the length of the audio.")
-        if self.kernel_width != "median" and not (isinstance(self.kernel_width, (int, float)) and self.kernel_width > 0):
+            raise ValueError(
+                f"conv_kernel_sizes={self.conv_kernel_sizes} must be odd, to keep the length of the audio."
+            )
+        if self.kernel_width != "median" and not (
+            isinstance(self.kernel_width, (int, float)) and self.kernel_width > 0
+        ):
             raise ValueError(f"kernel_width={self.kernel_width!r} must be a positive number or 'median'.")
         if self.info_nce_temperature <= 0:
             raise ValueError(f"info_nce_temperature={self.info_nce_temperature} must be positive.")

@@ -208,4 +208,6 @@ class CrossModalAligner(nn.Module):
         """A running mean: the plain average of the first hundred batches, then a slow exponential one."""
         self.batches_seen += 1
         weight = torch.clamp(1.0 / self.batches_seen, min=0.01)
-        self.text_mean.lerp_(gather_with_gradient(z_t).mean(0).to(self.text_mean.dtype), weight.to(self.text_mean.dtype))
+        self.text_mean.lerp_(
+            gather_with_gradient(z_t).mean(0).to(self.text_mean.dtype), weight.to(self.text_mean.dtype)
+        )

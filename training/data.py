@@ -47,12 +47,16 @@ def read_folder(folder: str | Path) -> list[Clip]:
     with open(tables[0], newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream)) if tables[0].suffix == ".csv" else [json.loads(line) for line in stream]
     if not rows or "file_name" not in rows[0]:
-        raise ValueError(f"{tables[0]} has the columns {sorted(rows[0]) if rows else []}, expected file_name and caption.")
+        raise ValueError(
+            f"{tables[0]} has the columns {sorted(rows[0]) if rows else []}, expected file_name and caption."
+        )
     clips, missing = [], []
     for number, row in enumerate(rows):
         captions = _captions(row)
         if not captions:
-            raise ValueError(f"Row {number + 1} of {tables[0]} ({row['file_name']}) has no caption: fill it in or remove it.")
+            raise ValueError(
+                f"Row {number + 1} of {tables[0]} ({row['file_name']}) has no caption: fill it in or remove it."
+            )
         path = folder / row["file_name"]
         if path.is_file():
             clips.append(Clip(str(path), captions, row["file_name"]))
@@ -66,7 +70,10 @@ def read_folder(folder: str | Path) -> list[Clip]:
 
 
 def _captions(row: dict[str, Any]) -> list[str]:
-    values = row.get("captions") or [row.get("caption"), *(row[name] for name in sorted(row) if name.startswith("caption_"))]
+    values = row.get("captions") or [
+        row.get("caption"),
+        *(row[name] for name in sorted(row) if name.startswith("caption_")),
+    ]
     return [" ".join(value.split()) for value in values if value and value.strip()]
 
 
@@ -88,7 +95,12 @@ class EncodedClips(Dataset):
     SHARD = 200
 
     def __init__(
-        self, clips: Sequence[Clip], processor: LambProcessor, model: LambForAudioCaptioning, folder: str | Path, name: str
+        self,
+        clips: Sequence[Clip],
+        processor: LambProcessor,
+        model: LambForAudioCaptioning,
+        folder: str | Path,
+        name: str,
     ) -> None:
         key = hashlib.sha256()
         for tensor in model.audio_encoder.state_dict().values():
@@ -109,11 +121,18 @@ class EncodedClips(Dataset):
         if self.skipped:
             logger.warning(f"{len(self.skipped)} clips of {name} were left out: {json.dumps(self.skipped)[:500]}")
         if not self.items:
-            raise ValueError(f"None of the {len(clips)} clips of {name} could be read: {json.dumps(self.skipped)[:500]}")
+            raise ValueError(
+                f"None of the {len(clips)} clips of {name} could be read: {json.dumps(self.skipped)[:500]}"
+            )
 
     @torch.inference_mode()
     def _encode(
-        self, clips: Sequence[Clip], numbers: range, processor: LambProcessor, model: LambForAudioCaptioning, index: Path
+        self,
+        clips: Sequence[Clip],
+        numbers: range,
+        processor: LambProcessor,
+        model: LambForAudioCaptioning,
+        index: Path,
     ) -> None:
         extractor = processor.feature_extractor
         items, skipped, offset = [], {}, 0
@@ -128,7 +147,9 @@ class EncodedClips(Dataset):
                     skipped[clip.id] = str(error)
                     continue
                 features = inputs["input_features"].to(model.device)
-                tokens, mask = encode_audio(model.audio_encoder, features, inputs["input_features_mask"].to(model.device))
+                tokens, mask = encode_audio(
+                    model.audio_encoder, features, inputs["input_features_mask"].to(model.device)
+                )
                 array = tokens[0, : int(mask.sum())].to(torch.float16).cpu().numpy()
                 stream.write(array.tobytes())
                 items.append({"id": clip.id, "captions": clip.captions, "offset": offset, "shape": array.shape})
@@ -144,7 +165,12 @@ class EncodedClips(Dataset):
         item = self.items[number]
         shape = tuple(item["shape"])
         tokens = np.fromfile(item["file"], "<f2", int(np.prod(shape)), offset=2 * item["offset"]).reshape(shape)
-        return {"audio_hidden_states": torch.from_numpy(tokens), "captions": item["captions"], "id": item["id"], "clip": number}
+        return {
+            "audio_hidden_states": torch.from_numpy(tokens),
+            "captions": item["captions"],
+            "id": item["id"],
+            "clip": number,
+        }
 
 
 class WaveformClips(Dataset):
@@ -167,7 +193,12 @@ class WaveformClips(Dataset):
                     logger.warning(f"{clip.id} is left out: {error}")
                 self.skipped[clip.id] = str(error)
                 continue
-            return {"audio": audio, "captions": clip.captions, "id": clip.id, "clip": (number + shift) % len(self.clips)}
+            return {
+                "audio": audio,
+                "captions": clip.captions,
+                "id": clip.id,
+                "clip": (number + shift) % len(self.clips),
+            }
         raise ValueError(f"None of the {len(self.clips)} clips could be read.")
 
 

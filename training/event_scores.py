@@ -51,7 +51,10 @@ def bootstrap(
 
 
 def score_soundscapes(
-    captions: Sequence[str], events: Sequence[Sequence[str]], kinds: Sequence[str], keywords: Mapping[str, Sequence[str]]
+    captions: Sequence[str],
+    events: Sequence[Sequence[str]],
+    kinds: Sequence[str],
+    keywords: Mapping[str, Sequence[str]],
 ) -> dict[str, dict[str, float]]:
     """
     Args:

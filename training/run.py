@@ -39,7 +39,9 @@ def _rows(recipe: Recipe, source: Source, model: LambForAudioCaptioning, process
         waveforms = WaveformClips(clips, processor.feature_extractor.sampling_rate)
         return OneRowPerCaption(waveforms, [len(clip.captions) for clip in clips])
     if not model.config.freeze_audio_encoder or model.config.audio_peft_config is not None:
-        raise ValueError("cache_encoder_tokens needs a frozen encoder: set freeze_audio_encoder and no audio_peft_config.")
+        raise ValueError(
+            "cache_encoder_tokens needs a frozen encoder: set freeze_audio_encoder and no audio_peft_config."
+        )
     encoded = EncodedClips(clips, processor, model.eval(), recipe.token_cache(), name)
     return OneRowPerCaption(encoded, [len(item["captions"]) for item in encoded.items])
 
@@ -79,7 +81,12 @@ def _trainer(
     train: Dataset,
     validation: Dataset | None,
 ) -> LambTrainer:
-    settings: dict[str, Any] = {"seed": recipe.seed, "remove_unused_columns": False, "report_to": "none", "label_names": ["labels"]}
+    settings: dict[str, Any] = {
+        "seed": recipe.seed,
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "label_names": ["labels"],
+    }
     settings |= stage.training
     if validation is None:
         settings["eval_strategy"] = "no"
@@ -99,7 +106,9 @@ def _describe(recipe: Recipe, model: LambForAudioCaptioning) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False), encoding="utf-8")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    trainable = {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in model.named_children()}
+    trainable = {
+        name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in model.named_children()
+    }
     environment = {
         "commit": commit or None,
         "python": platform.python_version(),

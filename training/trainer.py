@@ -30,7 +30,9 @@ class LambTrainer(Trainer):
         kwargs: as of `transformers.Trainer`.
     """
 
-    def __init__(self, *args: Any, alignment_only: bool = False, guide_learning_rate: float | None = None, **kwargs: Any):
+    def __init__(
+        self, *args: Any, alignment_only: bool = False, guide_learning_rate: float | None = None, **kwargs: Any
+    ):
         super().__init__(*args, **kwargs)
         self.alignment_only, self.guide_learning_rate = alignment_only, guide_learning_rate
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))

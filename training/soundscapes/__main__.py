@@ -41,7 +41,10 @@ def _check() -> None:
     for name in sorted(classes):
         files = Counter(r.split for r in recordings if r.class_name == name)
         families = Counter(split for split, _ in {(r.split, r.family) for r in recordings if r.class_name == name})
-        print(name.ljust(14), *(f"{split} {files[split]:3d} in {families[split]:2d}" for split in ("train", "validation", "test")))
+        print(
+            name.ljust(14),
+            *(f"{split} {files[split]:3d} in {families[split]:2d}" for split in ("train", "validation", "test")),
+        )
     print(f"{len(recordings)} recordings, {len(classes)} classes")
 
 

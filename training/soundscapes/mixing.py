@@ -16,9 +16,23 @@ from .sources import Recording, SoundClass, package_folder, read_classes, read_r
 logger = logging.get_logger(__name__)
 
 # how often each kind of clip is drawn
-KINDS = {"single": 0.45, "sequence": 0.22, "overlap": 0.12, "background": 0.12, "three": 0.05, "silence": 0.02, "noise": 0.02}
+KINDS = {
+    "single": 0.45,
+    "sequence": 0.22,
+    "overlap": 0.12,
+    "background": 0.12,
+    "three": 0.05,
+    "silence": 0.02,
+    "noise": 0.02,
+}
 SILENCE = ("There is silence.", "Nothing can be heard.", "It is silent.", "No sound is heard.", "Complete silence.")
-NOISE = ("Steady noise hisses.", "White noise is heard.", "There is nothing but noise.", "A constant hiss.", "Static noise.")
+NOISE = (
+    "Steady noise hisses.",
+    "White noise is heard.",
+    "There is nothing but noise.",
+    "A constant hiss.",
+    "Static noise.",
+)
 MAX_EVENT = 5.0  # seconds of a recording that are used at the most
 
 
@@ -95,11 +109,15 @@ class SoundscapeCorpus:
         chosen = list(names) if names else [str(name) for name in draw.choice(self.names, count, replace=False)]
         sounds = [self._sound(draw, name) for name in chosen]
         onsets = _onsets(draw, kind, [len(sound) / SAMPLING_RATE for sound in sounds])
-        length = max(seconds, *(onset + len(sound) / SAMPLING_RATE for onset, sound in zip(onsets, sounds, strict=True)))
+        length = max(
+            seconds, *(onset + len(sound) / SAMPLING_RATE for onset, sound in zip(onsets, sounds, strict=True))
+        )
         audio = np.zeros(round(min(length + 0.3, 12) * SAMPLING_RATE), np.float32)
         events = []
         for position, (name, sound, onset) in enumerate(zip(chosen, sounds, onsets, strict=True)):
-            level = float(draw.uniform(-32, -18)) - (float(draw.uniform(6, 10)) if kind == "background" and position else 0)
+            level = float(draw.uniform(-32, -18)) - (
+                float(draw.uniform(6, 10)) if kind == "background" and position else 0
+            )
             start = round(onset * SAMPLING_RATE)
             sound = sound[: len(audio) - start] * 10 ** (level / 20)
             audio[start : start + len(sound)] += sound
@@ -177,15 +195,17 @@ def _recording(package: str, path: str) -> np.ndarray:
 
 
 def _caption(draw: np.random.Generator, kind: str, classes: list[SoundClass]) -> str:
-    clause, noun = (
-        [str(draw.choice(getattr(sound, form))) for sound in classes] for form in ("clauses", "nouns")
-    )
+    clause, noun = ([str(draw.choice(getattr(sound, form))) for sound in classes] for form in ("clauses", "nouns"))
     if kind == "single":
         text = clause[0]
     elif kind == "sequence":
         text = str(
             draw.choice(
-                [f"{clause[0]}, followed by {noun[1]}", f"{clause[0]}, then {clause[1]}", f"{clause[0]} and then {clause[1]}"]
+                [
+                    f"{clause[0]}, followed by {noun[1]}",
+                    f"{clause[0]}, then {clause[1]}",
+                    f"{clause[0]} and then {clause[1]}",
+                ]
             )
         )
     elif kind == "overlap":
@@ -195,7 +215,10 @@ def _caption(draw: np.random.Generator, kind: str, classes: list[SoundClass]) ->
     else:
         text = str(
             draw.choice(
-                [f"{clause[0]}, then {clause[1]}, then {clause[2]}", f"{clause[0]}, followed by {noun[1]} and {noun[2]}"]
+                [
+                    f"{clause[0]}, then {clause[1]}, then {clause[2]}",
+                    f"{clause[0]}, followed by {noun[1]} and {noun[2]}",
+                ]
             )
         )
     return f"{text[0].upper()}{text[1:]}."

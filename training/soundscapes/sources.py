@@ -12,8 +12,9 @@ from functools import cache
 from pathlib import Path
 
 from filelock import FileLock
-from modeling_lamb.packaged_backbone import cache_folder
 from transformers.utils import logging
+
+from modeling_lamb.packaged_backbone import cache_folder
 
 from .containers import rcc_members
 
