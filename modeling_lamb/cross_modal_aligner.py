@@ -13,18 +13,45 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """
-    Squared Euclidean distances `(..., N, D), (..., M, D) -> (..., N, M)`, in float32 at least.
+class _Gram(torch.autograd.Function):
+    """`x @ x.mT`, whose gradient takes one product where torch's own rule takes two."""
 
-    Written as a matrix product, which is fast on every device; the mean of `y` is taken from both sides first, or the
-    subtraction of two large numbers would leave nothing of a small distance.
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x @ x.mT
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return (gradient + gradient.mT) @ x
+
+
+def squared_distances(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    Squared Euclidean distances between and within two sets, in float32 at least.
+
+    Everything that is as long as the vectors is a matrix product, which is fast on every device. Each set is measured
+    from its own mean, or the difference of two large numbers would leave nothing of a small distance.
+
+    Args:
+        x, y: `(..., N, D)` and `(..., M, D)`.
+
+    Returns:
+        `(..., N, M)`, `(..., N, N)` and `(..., M, M)`.
     """
     x, y = at_least_float32(x), at_least_float32(y)
-    centre = y.mean(dim=-2, keepdim=True).detach()
-    x, y = x - centre, y - centre
-    norms = x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :]
-    return torch.baddbmm(norms, x, y.mT, alpha=-2).clamp(min=0) if x.dim() == 3 else (norms - 2 * x @ y.mT).clamp(min=0)
+    x_mean, y_mean = (t.mean(dim=-2, keepdim=True).detach() for t in (x, y))
+    x, y, shift = x - x_mean, y - y_mean, x_mean - y_mean
+    gram_xy, gram_xx, gram_yy = x @ torch.cat([y, shift], dim=-2).mT, _Gram.apply(x), _Gram.apply(y)
+    x_norms, y_norms = (gram.diagonal(dim1=-2, dim2=-1) for gram in (gram_xx, gram_yy))
+    x_far = x_norms + 2 * gram_xy[..., -1] + (shift @ shift.mT)[..., 0]  # squared distance of x to the mean of y
+    y_far = y_norms - 2 * (y @ shift.mT)[..., 0]
+    return (
+        (x_far[..., :, None] + y_far[..., None, :] - 2 * gram_xy[..., :-1]).clamp(min=0),
+        (x_norms[..., :, None] + x_norms[..., None, :] - 2 * gram_xx).clamp(min=0),
+        (y_norms[..., :, None] + y_norms[..., None, :] - 2 * gram_yy).clamp(min=0),
+    )
 
 
 def _log_kernel_sum(distances: Tensor, sigma: Tensor | float, x_mask: Tensor | None, y_mask: Tensor | None) -> Tensor:
@@ -59,7 +86,7 @@ def cauchy_schwarz_divergence(
     Returns:
         `(...)`, float32 (float64 for float64 inputs), at least 0 up to rounding.
     """
-    d_xy, d_xx, d_yy = squared_distances(x, y), squared_distances(x, x), squared_distances(y, y)
+    d_xy, d_xx, d_yy = squared_distances(x, y)
     sigma: Tensor | float
     if kernel_width == "median":
         sigma = _median_distance(d_xy.detach(), x_mask, y_mask)[..., None, None]

@@ -1,0 +1,114 @@
+"""Transformers' common model tests, as they stand, on LAMB and on its CED encoder."""
+
+import unittest
+
+import pytest
+import torch
+from conftest import tiny_config
+from transformers_suites import shipped, suite
+
+from modeling_lamb import CedConfig, CedModel, LambConfig, LambForAudioCaptioning
+
+common = suite("test_modeling_common")
+ConfigTester = suite("test_configuration_common").ConfigTester
+GenerationTesterMixin = suite("generation.test_utils").GenerationTesterMixin
+
+
+class CedModelTester:
+    """Two windows and a half of 32 frames; the second clip ends within the second one."""
+
+    batch_size, is_training = 2, True
+    num_mel_bins, frames, patch_size, max_frames = 16, 80, 8, 32
+    hidden_size, num_hidden_layers, num_attention_heads = 16, 2, 2
+    seq_length = key_length = encoder_seq_length = 8  # tokens of one window
+
+    def __init__(self, parent):
+        self.parent = parent
+
+    def get_config(self) -> CedConfig:
+        return CedConfig(
+            num_mel_bins=self.num_mel_bins,
+            patch_size=self.patch_size,
+            max_frames=self.max_frames,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+        )
+
+    def prepare_config_and_inputs_for_common(self):
+        features = common.floats_tensor([self.batch_size, self.num_mel_bins, self.frames])
+        mask = torch.ones(self.batch_size, self.frames, dtype=torch.long)
+        mask[1, 50:] = 0
+        return self.get_config(), {"input_features": features, "input_features_mask": mask}
+
+
+class CedModelTest(common.ModelTesterMixin, unittest.TestCase):
+    all_model_classes = (CedModel,)
+    test_resize_embeddings = False
+
+    def setUp(self):
+        self.model_tester = CedModelTester(self)
+        self.config_tester = ConfigTester(self, config_class=CedConfig, has_text_modality=False, hidden_size=24)
+
+    def test_config(self):
+        self.config_tester.run_common_tests()
+
+
+class LambModelTester:
+    """Two prompts with the audio placeholder inside the LLM's table, as the library's own audio LLMs have it."""
+
+    batch_size, seq_length, is_training = 2, 12, True
+    num_audio_tokens, audio_token_id, pad_token_id = 4, 3, 2
+    num_mel_bins, frames = 64, 64
+    hidden_size, num_hidden_layers, num_attention_heads, vocab_size = 48, 2, 4, 99
+
+    def __init__(self, parent):
+        self.parent = parent
+
+    def get_config(self) -> LambConfig:
+        text_config = {
+            "model_type": "llama",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": 64,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": 2,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": self.pad_token_id,
+            "max_position_embeddings": 64,
+        }
+        return tiny_config(
+            text_config=text_config, audio_token_id=self.audio_token_id, num_audio_tokens=self.num_audio_tokens
+        )
+
+    def prepare_config_and_inputs_for_common(self):
+        ids = common.ids_tensor([self.batch_size, self.seq_length], self.vocab_size - 4) + 4
+        ids[:, 1 : 1 + self.num_audio_tokens] = self.audio_token_id
+        features = common.floats_tensor([self.batch_size, self.num_mel_bins, self.frames])
+        mask = torch.ones(self.batch_size, self.frames, dtype=torch.long)
+        mask[1, 40:] = 0
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "input_features": features,
+            "input_features_mask": mask,
+        }
+        return self.get_config(), inputs
+
+
+class LambModelTest(common.ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
+    all_model_classes = (LambForAudioCaptioning,)
+    _is_composite = True
+
+    def setUp(self):
+        self.model_tester = LambModelTester(self)
+        self.config_tester = ConfigTester(self, config_class=LambConfig, has_text_modality=False, common_properties=[])
+
+    def test_config(self):
+        self.config_tester.run_common_tests()
+
+    @pytest.mark.skipif(not shipped("tests.generation.test_utils"), reason="the suite of generation is not at hand")
+    def test_generation_tester_mixin_inheritance(self):
+        super().test_generation_tester_mixin_inheritance()
