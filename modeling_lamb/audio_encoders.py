@@ -50,7 +50,7 @@ def audio_backbone_state_dict(config: Any, state_dict: dict[str, Tensor]) -> dic
     }
 
 
-def encode_audio(encoder: PreTrainedModel, features: Any, mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor]:
+def encode_audio(encoder: PreTrainedModel, features: Any, mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor, Any]:
     """
     Args:
         encoder: from [`build_audio_encoder`].
@@ -58,7 +58,8 @@ def encode_audio(encoder: PreTrainedModel, features: Any, mask: Tensor | None, *
         mask: `(batch, frames)`, 1 at real frames, which come first; None if all are.
 
     Returns:
-        Tokens `(batch, steps, bands, hidden)` in time order, and a mask `(batch, steps)`, true at real steps.
+        Tokens `(batch, steps, bands, hidden)` in time order, a mask `(batch, steps)`, true at real steps, and the encoder's
+        own output.
     """
     return _GRIDS[encoder.config.model_type](encoder, features, mask, **kwargs)
 
@@ -73,35 +74,39 @@ def _lengths(features: Tensor, mask: Tensor | None, frame_dim: int = -1) -> Tens
     return torch.full((features.shape[0],), features.shape[frame_dim], device=features.device)
 
 
-def _ced_grid(encoder: PreTrainedModel, features: Tensor, mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor]:
+def _ced_grid(encoder: PreTrainedModel, features: Tensor, mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor, Any]:
     output = encoder(features, mask, **kwargs)
     bands = encoder.config.num_mel_bins // encoder.config.patch_size
-    return output.last_hidden_state.unflatten(1, (-1, bands)), output.attention_mask[:, ::bands]
+    tokens = output.last_hidden_state.unflatten(1, (-1, bands))
+    return tokens, output.attention_mask[:, ::bands].bool(), output
 
 
-def _whisper_grid(encoder: PreTrainedModel, features: Tensor, mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor]:
-    tokens = encoder(features.to(encoder.dtype), **kwargs).last_hidden_state
+def _whisper_grid(encoder: PreTrainedModel, features: Tensor, mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor, Any]:
+    output = encoder(features.to(encoder.dtype), **kwargs)
+    tokens = output.last_hidden_state
     steps = (_lengths(features, mask) + 1) // 2  # its second convolution halves the 100 frames a second
-    return tokens[:, :, None], _prefix_mask(steps, tokens.shape[1])
+    return tokens[:, :, None], _prefix_mask(steps, tokens.shape[1]), output
 
 
-def _ast_grid(encoder: PreTrainedModel, features: Tensor, mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor]:
+def _ast_grid(encoder: PreTrainedModel, features: Tensor, mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor, Any]:
     config = encoder.config
-    tokens = encoder(features.to(encoder.dtype), **kwargs).last_hidden_state[:, 2:]  # without [CLS] and distillation
+    output = encoder(features.to(encoder.dtype), **kwargs)
+    tokens = output.last_hidden_state[:, 2:]  # without [CLS] and distillation
     bands = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
     tokens = tokens.unflatten(1, (bands, -1)).transpose(1, 2)  # AST's tokens are frequency-major
     steps = (_lengths(features, mask, 1) - config.patch_size) // config.time_stride + 1
-    return tokens, _prefix_mask(steps.clamp(min=1), tokens.shape[1])
+    return tokens, _prefix_mask(steps.clamp(min=1), tokens.shape[1]), output
 
 
-def _mobilenet_grid(encoder: PreTrainedModel, features: Tensor, mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor]:
+def _mobilenet_grid(encoder: PreTrainedModel, features: Tensor, mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor, Any]:
     """A step is a patch of 0.96 s, its bands are the positions of the last feature map (3 in time x 2 in frequency)."""
     patches = features.unfold(2, PATCH_FRAMES, PATCH_HOP)  # (batch, mel, steps, 96)
     batch, _, steps, _ = patches.shape
     images = patches.permute(0, 2, 3, 1).flatten(0, 1)[:, None]  # (batch * steps, 1, 96, mel)
-    tokens = encoder(images.to(encoder.dtype), **kwargs).last_hidden_state.flatten(2).mT
+    output = encoder(images.to(encoder.dtype), **kwargs)
+    tokens = output.last_hidden_state.flatten(2).mT
     real = -(-(_lengths(features, mask) - PATCH_FRAMES) // PATCH_HOP) + 1  # the last patch may be partly padding
-    return tokens.unflatten(0, (batch, steps)), _prefix_mask(real.clamp(min=1), steps)
+    return tokens.unflatten(0, (batch, steps)), _prefix_mask(real.clamp(min=1), steps), output
 
 
 _GRIDS = {

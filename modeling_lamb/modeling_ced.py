@@ -30,7 +30,7 @@ class CedModelOutput(ModelOutput):
 
     Args:
         last_hidden_state: patch tokens `(batch, steps * bands, hidden_size)`, time-major: token `t * bands + f`.
-        attention_mask: `(batch, steps * bands)`, true where a token lies wholly within its clip.
+        attention_mask: `(batch, steps * bands)`, 1 where a token lies wholly within its clip.
         hidden_states, attentions: of every layer and window, `(batch * windows, tokens, ...)`.
     """
 
@@ -219,7 +219,7 @@ class CedModel(CedPreTrainedModel):
         for block in self.blocks:
             hidden_states = block(hidden_states, attention_mask, **kwargs)
         hidden_states = self.norm(hidden_states).unflatten(0, (batch, windows)).flatten(1, 2)
-        return CedModelOutput(last_hidden_state=hidden_states, attention_mask=token_mask.view(batch, -1))
+        return CedModelOutput(last_hidden_state=hidden_states, attention_mask=token_mask.view(batch, -1).int())
 
 
 # name in the published files -> name in CedModel

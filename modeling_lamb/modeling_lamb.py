@@ -205,19 +205,23 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
 
         Returns:
             `pooler_output`: z_a `(clips, num_audio_tokens, text_hidden)`; `last_hidden_state`: the encoder's tokens
-            `(clips, steps * bands, encoder_hidden)`.
+            `(clips, steps * bands, encoder_hidden)`; `hidden_states` and `attentions`: the encoder's, on demand.
         """
+        output: Any = None
         if audio_hidden_states is None:
             frozen = self.config.freeze_audio_encoder and self.config.audio_peft_config is None
             with torch.no_grad() if frozen else nullcontext():
-                audio_hidden_states, audio_hidden_mask = encode_audio(
+                audio_hidden_states, audio_hidden_mask, output = encode_audio(
                     self.audio_encoder, input_features, input_features_mask, **kwargs
                 )
         tokens = audio_hidden_states.to(self.adapter.output_proj.weight.dtype)
         if audio_hidden_mask is None:
             audio_hidden_mask = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
         return BaseModelOutputWithPooling(
-            last_hidden_state=tokens.flatten(1, 2), pooler_output=self.adapter(tokens, audio_hidden_mask.bool())
+            last_hidden_state=tokens.flatten(1, 2),
+            pooler_output=self.adapter(tokens, audio_hidden_mask.bool()),
+            hidden_states=getattr(output, "hidden_states", None),
+            attentions=getattr(output, "attentions", None),
         )
 
     def _embeds_by_row(self, audio_embeds: Tensor, input_ids: Tensor) -> Tensor:

@@ -60,7 +60,6 @@ class LambProcessor(ProcessorMixin):
         self,
         text: str | list[str] | None = None,
         audio: Any = None,
-        sampling_rate: int | None = None,
         captions: str | list[str] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
@@ -69,10 +68,10 @@ class LambProcessor(ProcessorMixin):
             text: prompts. None asks the default question about each clip; a text without the placeholder is put into
                 the template; one with it is taken as it stands. Without audio, it is plain text for the LLM.
             audio: one clip or a list: arrays or tensors `(samples,)`, or paths and URLs.
-            sampling_rate: of arrays and tensors, in Hz.
             captions: one for each text; adds `labels` and pads on the right, for training. Without them the padding is on
                 the left, for generation.
-            kwargs: `text_kwargs`, `audio_kwargs`, or arguments of the tokenizer and the feature extractor.
+            kwargs: `text_kwargs`, `audio_kwargs`, or arguments of the tokenizer and the feature extractor, of which arrays and
+                tensors need `sampling_rate`, in Hz.
 
         Returns:
             `input_ids`, `attention_mask` (batch, length); with audio `input_features`, `input_features_mask`; with captions
@@ -84,13 +83,11 @@ class LambProcessor(ProcessorMixin):
         """
         self._refuse_unknown(kwargs)
         kwargs.setdefault("return_tensors", "pt")
-        if sampling_rate is not None:
-            kwargs["sampling_rate"] = sampling_rate
         if audio is None and captions is not None:
             raise ValueError("captions were given without audio: pass the clips that they describe as audio=.")
         text_kwargs = dict(kwargs.pop("text_kwargs", {}))
         defaults = {
-            "padding": audio is not None or isinstance(text, (list, tuple)),
+            "padding": self.tokenizer.init_kwargs.get("padding", audio is not None or isinstance(text, (list, tuple))),
             "padding_side": "left" if captions is None else "right",
         }
         for name, value in defaults.items():

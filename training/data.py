@@ -147,7 +147,7 @@ class EncodedClips(Dataset):
                     skipped[clip.id] = str(error)
                     continue
                 features = inputs["input_features"].to(model.device)
-                tokens, mask = encode_audio(
+                tokens, mask, _ = encode_audio(
                     model.audio_encoder, features, inputs["input_features_mask"].to(model.device)
                 )
                 array = tokens[0, : int(mask.sum())].to(torch.float16).cpu().numpy()

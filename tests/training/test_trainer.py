@@ -1,0 +1,64 @@
+import pytest
+import torch
+from conftest import CAPTIONS, noise, randomized, tiny_config
+from modeling_lamb import LambForAudioCaptioning
+from training_lamb.data import CaptionCollator
+from training_lamb.trainer import LOGGED, LambTrainer
+from transformers import TrainingArguments
+
+
+def rows(count=8):
+    return [{"audio": noise(0.5, i), "caption": CAPTIONS[i % 4], "clip": i} for i in range(count)]
+
+
+def train(processor, tmp_path, model=None, trainer_settings=None, **settings):
+    model = model or randomized(LambForAudioCaptioning(tiny_config()))
+    settings = {"per_device_train_batch_size": 8, "max_steps": 1, "logging_steps": 1, "learning_rate": 1e-3} | settings
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", remove_unused_columns=False, disable_tqdm=True, **settings
+    )
+    trainer = LambTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows(),
+        data_collator=CaptionCollator(processor),
+        **(trainer_settings or {}),
+    )
+    trainer.train()
+    return trainer
+
+
+def test_every_term_is_logged_by_name(processor, tmp_path):
+    logs = train(processor, tmp_path).state.log_history[0]
+    assert set(LOGGED) <= set(logs)
+    total = logs["decoder_loss"] + logs["guided_loss"] + logs["alignment_loss"]
+    assert float(logs["loss"]) == pytest.approx(total, rel=1e-3)
+
+
+def test_alignment_alone_never_runs_the_llm(processor, tmp_path):
+    model = randomized(LambForAudioCaptioning(tiny_config()))
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    model.language_model.forward = None  # it would fail if it were called
+    trainer = train(processor, tmp_path, model, {"alignment_only": True}, max_steps=2, save_strategy="no")
+    changed = {name.split(".")[0] for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert changed == {"adapter"}
+    assert "decoder_loss" not in trainer.state.log_history[0]
+
+
+def test_beta_has_its_own_rate_and_no_decay(processor, tmp_path):
+    trainer = train(processor, tmp_path, trainer_settings={"guide_learning_rate": 0.5}, weight_decay=0.1)
+    beta = trainer.model.token_guide.beta
+    (group,) = [g for g in trainer.optimizer.param_groups if any(p is beta for p in g["params"])]
+    assert group["initial_lr"] == 0.5 and group["weight_decay"] == 0 and len(group["params"]) == 1
+
+
+def test_accumulation_does_not_change_the_weight_of_the_sums_over_tokens(processor, tmp_path):
+    grads = []
+    for batch, steps in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        config = tiny_config(cs_global_weight=0.0, info_nce_weight=0.0)  # these two see the batch as a whole
+        model = randomized(LambForAudioCaptioning(config))
+        settings = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps, "max_grad_norm": 1e9}
+        trainer = train(processor, tmp_path, model, learning_rate=0.0, lr_scheduler_type="constant", **settings)
+        grads.append(float(trainer.state.log_history[0]["grad_norm"]))
+    assert grads[0] == pytest.approx(grads[1], rel=1e-4)
