@@ -81,7 +81,9 @@ def _ced_grid(encoder: PreTrainedModel, features: Tensor, mask: Tensor | None, *
     return tokens, output.attention_mask[:, ::bands].bool(), output
 
 
-def _whisper_grid(encoder: PreTrainedModel, features: Tensor, mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor, Any]:
+def _whisper_grid(
+    encoder: PreTrainedModel, features: Tensor, mask: Tensor | None, **kwargs
+) -> tuple[Tensor, Tensor, Any]:
     output = encoder(features.to(encoder.dtype), **kwargs)
     tokens = output.last_hidden_state
     steps = (_lengths(features, mask) + 1) // 2  # its second convolution halves the 100 frames a second
@@ -98,7 +100,9 @@ def _ast_grid(encoder: PreTrainedModel, features: Tensor, mask: Tensor | None, *
     return tokens, _prefix_mask(steps.clamp(min=1), tokens.shape[1]), output
 
 
-def _mobilenet_grid(encoder: PreTrainedModel, features: Tensor, mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor, Any]:
+def _mobilenet_grid(
+    encoder: PreTrainedModel, features: Tensor, mask: Tensor | None, **kwargs
+) -> tuple[Tensor, Tensor, Any]:
     """A step is a patch of 0.96 s, its bands are the positions of the last feature map (3 in time x 2 in frequency)."""
     patches = features.unfold(2, PATCH_FRAMES, PATCH_HOP)  # (batch, mel, steps, 96)
     batch, _, steps, _ = patches.shape

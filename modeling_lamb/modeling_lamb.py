@@ -310,7 +310,11 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
                     input_features, input_features_mask, audio_hidden_states, audio_hidden_mask, return_dict=True
                 ).pooler_output
                 audio_embeds = self._embeds_by_row(clips, input_ids)
-            elif audio_embeds is None and (past_key_values is None or past_key_values.get_seq_length() == 0):
+            elif (
+                audio_embeds is None
+                and not torch.compiler.is_compiling()  # a static cache's length would branch on data
+                and (past_key_values is None or past_key_values.get_seq_length() == 0)
+            ):
                 torch_compilable_check(
                     (input_ids != self.config.audio_token_id).all(),
                     "input_ids hold audio placeholders, but no input_features were given.",
@@ -436,6 +440,11 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
         sources = ("input_features", "input_features_mask", "audio_hidden_states", "audio_hidden_mask")
         given = {name: model_kwargs.pop(name, None) for name in sources}
         if input_ids is None or model_input_name != "input_ids":
+            if any(value is not None for value in given.values()):
+                raise ValueError(
+                    "Audio was given with inputs_embeds, which hold theirs already: give input_ids with placeholders instead, "
+                    "which the Token Guide needs as well."
+                )
             return model_kwargs
         if given["input_features"] is not None or given["audio_hidden_states"] is not None:
             clips = self.get_audio_features(**given, return_dict=True).pooler_output
@@ -461,10 +470,34 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
             processors.insert(0, TokenGuideLogitsProcessor(scores, weight, renormalize=renormalize))
         return processors
 
-    def prepare_inputs_for_generation(self, *args, is_first_iteration: bool | None = False, **kwargs):
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            kwargs.pop("audio_embeds", None)
-        return super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: Tensor | None = None,  # `generate` refuses embeddings that are not named here
+        audio_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
+    ):
+        if audio_embeds is not None and next_sequence_length is not None and next_sequence_length < input_ids.shape[1]:
+            audio_embeds = (
+                self._embeds_to_come(audio_embeds, input_ids, next_sequence_length) if is_first_iteration else None
+            )
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            inputs_embeds=inputs_embeds,
+            audio_embeds=audio_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+    def _embeds_to_come(self, audio_embeds: Tensor, input_ids: Tensor, length: int) -> Tensor | None:
+        """Of z_a by row, what belongs to the last `length` ids; the cache that `generate` goes on from holds the rest."""
+        is_audio = input_ids == self.config.audio_token_id
+        before, to_come = is_audio[:, :-length].sum(1), int(is_audio[:, -length:].sum(1).max())
+        slots = (before[:, None] + torch.arange(to_come, device=before.device)).clamp(max=audio_embeds.shape[1] - 1)
+        return audio_embeds.gather(1, slots[..., None].expand(-1, -1, audio_embeds.shape[-1])) if to_come else None
 
     # -- weights -------------------------------------------------------------------------------------------------------
 
@@ -498,7 +531,7 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
         A new model: the backbones from `config.audio_model_id` and `config.text_model_id`, the rest from scratch.
 
         Args:
-            config: with both ids; see [`LambConfig.from_backbones`].
+            config: see [`LambConfig.from_backbones`]; a backbone that it does not name starts from scratch too.
             kwargs: as of `from_pretrained` (`dtype`, `device_map`, `token`, ...).
         """
         return cls.from_pretrained(None, config=config, state_dict={}, **kwargs)
@@ -536,10 +569,13 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
         # checkpoint is completed from its backbones, file by file and without reading what is not needed yet.
         if state_dict is None:
             state_dict = _lazy_state_dict(checkpoint_files)
+        anew = not state_dict and not checkpoint_files  # nothing was given, so that what is not named starts at random
         for backbone, setting in LambForAudioCaptioning._backbones.items():
             if any(key.startswith(f"{backbone}.") and "lora_" not in key for key in state_dict):
                 continue
             model_id = getattr(model.config, setting)
+            if model_id is None and anew:
+                continue
             if model_id is None:
                 raise ValueError(
                     f"The checkpoint holds no weights of {backbone}, and config.{setting} does not say where they are: set it "

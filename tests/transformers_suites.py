@@ -41,7 +41,9 @@ NOT_SHIPPED = {
     # where the files lie that its tests would else load from the Hub
     "fetch_hub_objects_for_ci": {
         "url_to_local_path": lambda url: str(
-            Path(__file__).parents[1] / "examples" / {"glass-breaking-151256.mp3": "dog.mp3"}.get(Path(url).name, "cat.mp3")
+            Path(__file__).parents[1]
+            / "examples"
+            / {"glass-breaking-151256.mp3": "dog.mp3"}.get(Path(url).name, "cat.mp3")
         )
     },
 }
@@ -60,7 +62,9 @@ def source() -> Path:
         download += ["--no-binary", ":all:", "--no-build-isolation", "--dest", str(folder), name.replace("-", "==")]
         done = subprocess.run(download, capture_output=True, text=True)
         if done.returncode:
-            pytest.skip(f"{name} could not be downloaded for its test suites: {done.stderr[-300:]}", allow_module_level=True)
+            pytest.skip(
+                f"{name} could not be downloaded for its test suites: {done.stderr[-300:]}", allow_module_level=True
+            )
         with tarfile.open(folder / f"{name}.tar.gz") as archive:
             wanted = [member for member in archive if member.name.startswith(f"{name}/tests/")]
             archive.extractall(folder, wanted, filter="data")

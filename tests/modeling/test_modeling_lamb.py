@@ -53,7 +53,10 @@ def test_eight_clips_of_mixed_length_are_eight_single_clips(model, processor):
     for row in range(8):
         single = processor(text=questions[row], audio=clips[row], sampling_rate=16000)
         alone = model.audio_encoder(single["input_features"], single["input_features_mask"])
-        close(tokens.last_hidden_state[row][tokens.attention_mask[row].bool()], alone.last_hidden_state[alone.attention_mask.bool()])
+        close(
+            tokens.last_hidden_state[row][tokens.attention_mask[row].bool()],
+            alone.last_hidden_state[alone.attention_mask.bool()],
+        )
         output = model(**single)
         close(together.audio_embeds[row], output.audio_embeds[0])
         length = single["input_ids"].shape[1]

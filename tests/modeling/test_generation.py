@@ -1,0 +1,194 @@
+"""What Transformers' generation and export suites ask of a model: ways to decode, to go on, to compile and to export."""
+
+import pytest
+import torch
+from conftest import noise, randomized, tiny_config
+from transformers import CompileConfig
+
+from modeling_lamb import LambForAudioCaptioning
+
+GREEDY = {"do_sample": False, "max_new_tokens": 8}
+BATCH, NEW = 3, 8
+
+
+@pytest.fixture
+def model(model):
+    model.generation_config.eos_token_id = None  # every row runs to its full length
+    return model
+
+
+@pytest.fixture
+def prompts(processor):
+    return processor(audio=[noise(0.8, 0), noise(0.3, 1), noise(1.2, 2)], sampling_rate=16000)
+
+
+@pytest.fixture
+def greedy(model, prompts):
+    return model.generate(**prompts, **GREEDY)
+
+
+def longer(prompts, sequences):
+    """The prompts with what was generated since, as one would give them to go on."""
+    new = sequences.shape[1] - prompts["input_ids"].shape[1]
+    mask = torch.nn.functional.pad(prompts["attention_mask"], (0, new), value=1)
+    return dict(prompts) | {"input_ids": sequences, "attention_mask": mask}
+
+
+METHODS = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "top_k": 20, "top_p": 0.9, "temperature": 0.7},
+    "beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2, "length_penalty": 2.0},
+    "beam sampling": {"do_sample": True, "num_beams": 3},
+    "constrained by processors": {
+        "do_sample": False,
+        "min_new_tokens": 5,
+        "repetition_penalty": 1.2,
+        "no_repeat_ngram_size": 2,
+        "bad_words_ids": [[5, 6]],
+    },
+    "classifier-free guidance": {"do_sample": False, "guidance_scale": 1.5},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_output_of_every_method(model, prompts, method):
+    model.set_attn_implementation("eager")  # the one that returns attentions
+    options = METHODS[method]
+    output = model.generate(
+        **prompts,
+        **options,
+        max_new_tokens=NEW,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=True,
+        output_hidden_states=True,
+        output_attentions=True,
+    )
+    rows = BATCH * options.get("num_beams", 1)
+    prompt = prompts["input_ids"].shape[1]
+    assert output.sequences.shape == (BATCH * options.get("num_return_sequences", 1), prompt + NEW)
+    vocabulary = model.config.get_text_config().vocab_size
+    assert [tuple(scores.shape) for scores in output.scores] == [(rows, vocabulary)] * NEW
+    assert [tuple(logits.shape) for logits in output.logits] == [(rows, vocabulary)] * NEW
+    layers = model.config.get_text_config().num_hidden_layers
+    lengths = [prompt] + [1] * (NEW - 1)
+    assert [len(step) for step in output.hidden_states] == [layers + 1] * NEW
+    assert [step[-1].shape[:2] for step in output.hidden_states] == [(rows, length) for length in lengths]
+    assert [step[-1].shape[-2:] for step in output.attentions] == [(n, prompt + i) for i, n in enumerate(lengths)]
+    assert output.past_key_values.get_seq_length() == prompt + NEW - 1
+
+
+def test_prompt_lookup_says_what_greedy_says(model, processor):
+    prompt = processor(audio=noise(0.8), sampling_rate=16000)
+    expected = model.generate(**prompt, do_sample=False, max_new_tokens=30)
+    assert torch.equal(
+        model.generate(**prompt, do_sample=False, max_new_tokens=30, prompt_lookup_num_tokens=3), expected
+    )
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_an_assistant_changes_nothing(model, processor, same):
+    prompt = processor(audio=noise(0.8), sampling_rate=16000)
+    assistant = model if same else randomized(LambForAudioCaptioning(tiny_config()), std=0.2).eval()
+    expected = model.generate(**prompt, do_sample=False, max_new_tokens=20)
+    assert torch.equal(
+        model.generate(**prompt, do_sample=False, max_new_tokens=20, assistant_model=assistant), expected
+    )
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_going_on_is_as_if_never_stopped(model, prompts, greedy, cached):
+    first = model.generate(**prompts, do_sample=False, max_new_tokens=3, return_dict_in_generate=True)
+    cache = {"past_key_values": first.past_key_values} if cached else {}
+    output = model.generate(**longer(prompts, first.sequences), **cache, do_sample=False, max_new_tokens=5)
+    assert torch.equal(output, greedy)
+
+
+def test_a_second_clip_after_the_first_caption(model, processor):
+    clips = [noise(0.8, 0), noise(0.8, 1)]
+    turns = [processor(text=f"{processor.audio_token} What is it?", audio=clip, sampling_rate=16000) for clip in clips]
+    first = model.generate(**turns[0], do_sample=False, max_new_tokens=3, return_dict_in_generate=True)
+    ids = torch.cat([first.sequences, turns[1]["input_ids"]], dim=1)
+    audio = {name: torch.cat([turn[name] for turn in turns]) for name in ("input_features", "input_features_mask")}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | audio
+    expected = model.generate(**inputs, **GREEDY)
+    assert torch.equal(model.generate(**inputs, **GREEDY, past_key_values=first.past_key_values), expected)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_embeddings_instead_of_ids(model, prompts, cache):
+    clips = model.get_audio_features(prompts["input_features"], prompts["input_features_mask"]).pooler_output
+    embeds = model._merge_embeds(prompts["input_ids"], clips)
+    mask = prompts["attention_mask"]
+    expected = model.generate(**prompts, **GREEDY, token_guide_weight=0.0)  # embeddings do not say what is audio
+    output = model.generate(inputs_embeds=embeds, attention_mask=mask, **GREEDY, cache_implementation=cache)
+    assert torch.equal(output, expected[:, -NEW:])
+    ids = prompts["input_ids"]
+    assert torch.equal(model.generate(ids, inputs_embeds=embeds, attention_mask=mask, **GREEDY), expected)
+
+
+def test_embeddings_and_audio_are_refused_together(model, prompts):
+    with pytest.raises(ValueError, match="inputs_embeds, which hold theirs already"):
+        model.generate(inputs_embeds=torch.zeros(BATCH, 5, 48), input_features=prompts["input_features"])
+
+
+def test_nothing_but_a_text_and_nothing_at_all(model, processor):
+    assert model.generate(**processor(text="What is heard?"), **GREEDY).shape[0] == 1
+    assert model.generate(**GREEDY).shape == (1, NEW + 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [1, 4, torch.tensor([2, 5])])
+def test_logits_to_keep(model, prompts, keep):
+    rows = slice(-keep, None) if isinstance(keep, int) else keep
+    torch.testing.assert_close(model(**prompts, logits_to_keep=keep).logits, model(**prompts).logits[:, rows])
+
+
+@torch.no_grad()
+def test_left_padding_changes_no_logit(model, prompts):
+    padded = dict(prompts)
+    for name, value in (("input_ids", 2), ("attention_mask", 0)):
+        padded[name] = torch.nn.functional.pad(prompts[name], (7, 0), value=value)
+    position_ids = (padded["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    logits = model(**padded, position_ids=position_ids).logits[:, 7:]
+    real = prompts["attention_mask"].bool()
+    own = (prompts["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    expected = model(**prompts, position_ids=own).logits
+    torch.testing.assert_close(logits[real], expected[real], atol=1e-5, rtol=1e-5)
+
+
+def test_a_decode_step_compiles_as_one_graph(model, prompts, greedy):
+    compiled = CompileConfig(backend="eager", fullgraph=True, dynamic=False)
+    compiled._compile_all_devices = True  # on a CPU, `generate` would not compile
+    output = model.generate(**prompts, **GREEDY, cache_implementation="static", compile_config=compiled)
+    assert torch.equal(output, greedy)
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+def test_training_compiles(model, processor):
+    batch = processor(audio=[noise(0.8), noise(0.5, 1)], sampling_rate=16000, captions=["A dog barks.", "Rain falls."])
+    compiled = torch.compile(model.train(), backend="eager")
+    torch.testing.assert_close(compiled(**batch).loss, model(**batch).loss)
+    torch.compiler.reset()
+
+
+# -- torch.export ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:The tensor attributes")  # nn.GRU's own
+def test_the_model_exports(model, prompts):
+    inputs = dict(prompts) | {"use_cache": False}
+    program = torch.export.export(model, (), inputs)
+    torch.testing.assert_close(program.module()(**inputs).logits, model(**inputs).logits)
+
+
+@torch.no_grad()
+def test_the_encoder_exports_for_any_batch(model, prompts):
+    inputs = {name: prompts[name] for name in ("input_features", "input_features_mask")}
+    clips = torch.export.Dim("clips", min=2, max=64)
+    program = torch.export.export(model.audio_encoder, (), inputs, dynamic_shapes=dict.fromkeys(inputs, {0: clips}))
+    more = {name: value.repeat(2, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
+    output = program.module()(**more)
+    torch.testing.assert_close(output.last_hidden_state, model.audio_encoder(**more).last_hidden_state)
