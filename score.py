@@ -19,7 +19,9 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--folder", help="sound files with a metadata.csv or metadata.jsonl")
     parser.add_argument("--soundscapes", help="a split of the composed soundscapes")
-    parser.add_argument("--clips", type=int, default=400, help="mixtures to compose; single events come evenly from all classes")
+    parser.add_argument(
+        "--clips", type=int, default=400, help="mixtures to compose; single events come evenly from all classes"
+    )
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--beams", type=int, default=1)
     parser.add_argument("--guide_weight", type=float, help="instead of the learned one")

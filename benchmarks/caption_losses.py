@@ -7,8 +7,9 @@ import sys
 
 import torch
 from interleave import medians, peak_megabytes, report_peak
-from modeling_lamb.caption_loss import caption_losses
 from torch.nn.functional import cross_entropy
+
+from modeling_lamb.caption_loss import caption_losses
 
 BATCH, PREFIX, CAPTION, VOCABULARY, WIDTH = 8, 42, 32, 49152, 576
 

@@ -2,8 +2,9 @@
 
 import torch
 from interleave import medians
-from modeling_lamb import TokenGuideLogitsProcessor, guide_scores
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from modeling_lamb import TokenGuideLogitsProcessor, guide_scores
 
 
 def main() -> None:

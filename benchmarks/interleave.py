@@ -1,5 +1,6 @@
 """Medians of several functions timed in turn, in one process: what else the machine does falls on all of them alike."""
 
+import ctypes
 import statistics
 import subprocess
 import sys
@@ -37,6 +38,8 @@ def peak_megabytes(name: str) -> float:
 
 def report_peak(function: Callable[[], object]) -> None:
     """Prints how many MB above what is resident now `function` takes at its peak (Linux keeps the mark)."""
+    function()  # what the libraries load and keep for good is not counted
+    ctypes.CDLL(None).malloc_trim(0)  # nor counted in favour: what was freed goes back to the system
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
     before = _status("VmRSS")
     function()

@@ -2,8 +2,9 @@
 
 import torch
 from interleave import medians
-from modeling_lamb import cauchy_schwarz_divergence
 from torch import Tensor
+
+from modeling_lamb import cauchy_schwarz_divergence
 
 BATCH, AUDIO, TEXT = 32, 32, 40
 

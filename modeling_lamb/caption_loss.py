@@ -5,58 +5,64 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+_POSITIONS = 8  # whose logits are worked on at a time: few enough to stay in the cache of a CPU
+
 
 class _DualCrossEntropy(torch.autograd.Function):
     """
     Summed cross-entropy of the logits z and of the guided logits z - bias.
 
-    Only the log-normalisers are kept. The backward pass recomputes the probabilities, one clip at a time, and writes
+    Only the log-normalisers are kept. The backward pass recomputes the probabilities, a few positions at a time, and writes
     the gradients of both losses into one tensor.
     """
 
     @staticmethod
     def forward(ctx, logits: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        norms = torch.zeros(2, *labels.shape, dtype=dtype, device=logits.device)
-        plain, guided = norms.new_zeros(()), norms.new_zeros(())
-        for row, valid, z, label in _clips(logits, labels):
-            norms[0, row, valid] = z.logsumexp(-1)
-            chosen = z.gather(1, label)[:, 0]
-            plain += (norms[0, row, valid] - chosen).sum()
-            if bias is None:
-                guided = plain.clone()
-            else:
-                norms[1, row, valid] = (z - bias[row]).logsumexp(-1)
-                guided += (norms[1, row, valid] - chosen + bias[row, label[:, 0]]).sum()
+        valid, targets = labels != -100, labels.clamp(min=0)
+        norms = torch.empty(2, *labels.shape, dtype=_precision(logits), device=logits.device)
+        for row, part, z in _parts(logits):
+            norms[0, row, part] = z.logsumexp(-1)
+            if bias is not None:
+                norms[1, row, part] = (z - bias[row]).logsumexp(-1)
+        chosen = logits.gather(2, targets[..., None])[..., 0]
+        plain = (norms[0] - chosen)[valid].sum()
+        guided = plain.clone() if bias is None else (norms[1] - chosen + bias.gather(1, targets))[valid].sum()
+        norms.masked_fill_(~valid, torch.inf)  # where nothing is predicted, the probabilities of `backward` are 0
         ctx.save_for_backward(logits, bias, labels, norms)
         return plain, guided
 
     @staticmethod
     def backward(ctx, grad_plain: Tensor, grad_guided: Tensor):  # type: ignore[override]
         logits, bias, labels, norms = ctx.saved_tensors
-        grad_logits = torch.zeros_like(logits)
+        minus_one = -(labels != -100).to(norms.dtype)[..., None]
+        targets = labels.clamp(min=0)[..., None]
+        grad_logits = torch.empty_like(logits)
         grad_bias = None if bias is None else torch.zeros_like(bias)
-        for row, valid, z, label in _clips(logits, labels):
-            minus_one = -torch.ones_like(label, dtype=z.dtype)
-            gradient = (z - norms[0, row, valid, None]).exp_().scatter_add_(1, label, minus_one)
+
+        def gradient(row: int, part: slice, z: Tensor) -> Tensor:
+            plain = (z - norms[0, row, part, None]).exp_().scatter_add_(1, targets[row, part], minus_one[row, part])
             if bias is None:
-                gradient *= grad_plain + grad_guided
-            else:
-                guided = (z - bias[row]).sub_(norms[1, row, valid, None]).exp_()
-                guided.scatter_add_(1, label, minus_one).mul_(grad_guided)
-                grad_bias[row] = -guided.sum(0)  # type: ignore[index]
-                gradient.mul_(grad_plain).add_(guided)
-            grad_logits[row, valid] = gradient.to(logits.dtype)
+                return plain.mul_(grad_plain + grad_guided)
+            guided = (z - bias[row]).sub_(norms[1, row, part, None]).exp_()
+            guided.scatter_add_(1, targets[row, part], minus_one[row, part]).mul_(grad_guided)
+            grad_bias[row] -= guided.sum(0)  # type: ignore[index]
+            return plain.mul_(grad_plain).add_(guided)
+
+        for row, part, z in _parts(logits):
+            grad_logits[row, part] = gradient(row, part, z)
         return grad_logits, grad_bias, None
 
 
-def _clips(logits: Tensor, labels: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """Of each row: its number, the positions with a label, their logits in float32 at least, and their labels."""
-    for row, row_labels in enumerate(labels):
-        valid = (row_labels != -100).nonzero()[:, 0]
-        if valid.numel():
-            z = logits[row, valid].to(torch.promote_types(logits.dtype, torch.float32))
-            yield row, valid, z, row_labels[valid, None]
+def _precision(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
+def _parts(logits: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
+    """A few positions of a row at a time: the row, their slice, and their logits in float32 at least."""
+    for row in range(logits.shape[0]):
+        for start in range(0, logits.shape[1], _POSITIONS):
+            part = slice(start, start + _POSITIONS)
+            yield row, part, logits[row, part].to(_precision(logits))
 
 
 def caption_losses(

@@ -4,9 +4,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
+
 from modeling_lamb import AudioCaptioningPipeline, LambForAudioCaptioning, LambProcessor
 from modeling_lamb.audio_encoders import encode_audio
-from tqdm.auto import tqdm
 
 from .data import read_folder
 from .event_scores import bootstrap, score_soundscapes

@@ -188,7 +188,7 @@ def test_the_model_exports(model, prompts):
 def test_the_encoder_exports_for_any_batch(model, prompts):
     inputs = {name: prompts[name] for name in ("input_features", "input_features_mask")}
     clips = torch.export.Dim("clips", min=2, max=64)
-    program = torch.export.export(model.audio_encoder, (), inputs, dynamic_shapes=dict.fromkeys(inputs, {0: clips}))
+    program = torch.export.export(model.audio_encoder, (), inputs, dynamic_shapes={name: {0: clips} for name in inputs})
     more = {name: value.repeat(2, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
     output = program.module()(**more)
     torch.testing.assert_close(output.last_hidden_state, model.audio_encoder(**more).last_hidden_state)

@@ -108,7 +108,7 @@ def test_recordings_inside_a_zip_are_found_and_read(cache):
     archive.parent.mkdir(parents=True)
     soundfile.write(cache / "fire.ogg", np.sin(np.arange(44100) / 50), 44100)
     with zipfile.ZipFile(archive, "w") as stream:
-        stream.write(cache / "fire.ogg", "sound/ambience/fire03.ogg")
+        stream.write(cache / "fire.ogg", "sound/ambience/smallfire.ogg")
     found = sources.read_recordings()
     assert [(r.class_name, r.split) for r in found] == [("fire", "train")]
     assert len(read_audio(sources.package_folder("ufoai-sound"), found[0].path)) == 16000

