@@ -472,7 +472,7 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(
         self,
-        input_ids: Tensor,
+        input_ids: torch.LongTensor,
         next_sequence_length: int | None = None,
         inputs_embeds: Tensor | None = None,  # `generate` refuses embeddings that are not named here
         audio_embeds: Tensor | None = None,
