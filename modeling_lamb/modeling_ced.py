@@ -16,7 +16,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.audio_spectrogram_transformer.modeling_audio_spectrogram_transformer import (
     eager_attention_forward,
 )
-from transformers.utils import ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -176,7 +177,12 @@ class CedModel(CedPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-    def forward(self, input_features: Tensor, input_features_mask: Tensor | None = None, **kwargs) -> CedModelOutput:
+    def forward(
+        self,
+        input_features: Tensor,
+        input_features_mask: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CedModelOutput:
         r"""
         Args:
             input_features (`torch.Tensor` of shape `(batch, num_mel_bins, frames)`): log-mel in dB.

@@ -23,8 +23,9 @@ from transformers import initialization as init
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import _get_resolved_checkpoint_files
+from transformers.processing_utils import Unpack
 from transformers.quantizers.auto import AutoQuantizationConfig
-from transformers.utils import ModelOutput, can_return_tuple, torch_compilable_check
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, torch_compilable_check
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .audio_encoders import audio_backbone_state_dict, build_audio_encoder, encode_audio
@@ -285,7 +286,7 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
         clip_ids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         alignment_only: bool = False,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> LambOutput:
         r"""
         Args:
