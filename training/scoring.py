@@ -96,5 +96,5 @@ def _mean_tokens(model: LambForAudioCaptioning, processor: LambProcessor, clips:
     for clip in tqdm(clips, desc="probe", disable=None):
         inputs = processor.feature_extractor(clip, sampling_rate=16000, return_tensors="pt")
         tokens, mask, _ = encode_audio(model.audio_encoder, inputs["input_features"], inputs["input_features_mask"])
-        means.append(tokens[0, mask[0]].mean((0, 1)).numpy())
+        means.append(tokens[0, mask[0].bool()].mean((0, 1)).numpy())
     return np.stack(means)
