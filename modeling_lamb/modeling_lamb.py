@@ -301,7 +301,7 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
             alignment_only: compute the aligner's losses and no logits, to train the adapter without running the LLM.
 
         Raises:
-            ValueError: when placeholders and audio embeddings do not match, or labels come without audio.
+            ValueError: when placeholders and audio embeddings do not match, or alignment_only comes without audio or labels.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")

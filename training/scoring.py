@@ -68,7 +68,8 @@ def score_rows(model: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         f"shuffled_{name}": score for name, score in score_soundscapes(shuffled, events, kinds, keywords).items()
     }
     single = [row for row in rows if row["kind"] == "single"]
-    scores["random_class"] = {"value": 1 / len({row["events"][0] for row in single}), "low": 0.0, "high": 0.0, "n": 0}
+    chance = 1 / len({row["events"][0] for row in single})
+    scores["random_class"] = {"value": chance, "low": chance, "high": chance, "n": len(single)}
     scores["probe_single_accuracy"] = bootstrap(_probe(model, single))
     return scores
 
