@@ -5,15 +5,19 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from processing_lamb import LambProcessor, read_audio
+from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
+from transformers import FeatureExtractionMixin
 from transformers.utils import logging
 
 from modeling_lamb import LambForAudioCaptioning
@@ -90,6 +94,7 @@ class EncodedClips(Dataset):
         processor, model: a LAMB processor and model; the model's audio encoder must be frozen.
         folder: where caches live.
         name: of these clips; change it when they change.
+        num_workers: processes that encode, each on one thread; 0 encodes in this one, on the model's device.
     """
 
     SHARD = 200
@@ -101,6 +106,7 @@ class EncodedClips(Dataset):
         model: LambForAudioCaptioning,
         folder: str | Path,
         name: str,
+        num_workers: int = 0,
     ) -> None:
         key = hashlib.sha256()
         for tensor in model.audio_encoder.state_dict().values():
@@ -110,53 +116,32 @@ class EncodedClips(Dataset):
         self.folder.mkdir(parents=True, exist_ok=True)
         self.items: list[dict[str, Any]] = []
         self.skipped: dict[str, str] = {}
-        shards = range(0, len(clips), self.SHARD)
-        for start in tqdm(shards, desc=f"encoding {name}", disable=None):
-            index = self.folder / f"{start:08d}.json"
-            if not index.is_file():
-                self._encode(clips, range(start, min(start + self.SHARD, len(clips))), processor, model, index)
-            shard = json.loads(index.read_text())
-            self.items += [{**item, "file": index.with_suffix(".f16")} for item in shard["items"]]
-            self.skipped |= shard["skipped"]
+        shards = {
+            self.folder / f"{start:08d}.json": range(start, min(start + self.SHARD, len(clips)))
+            for start in range(0, len(clips), self.SHARD)
+        }
+        missing = [(index, numbers) for index, numbers in shards.items() if not index.is_file()]
+        parts = (clips, processor.feature_extractor, model.audio_encoder)
+        with tqdm(total=len(missing), desc=f"encoding {name}", unit="shard", disable=None) as bar:
+            if num_workers > 1 and len(missing) > 1:
+                with ProcessPoolExecutor(num_workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+                    for done in as_completed([pool.submit(_encode_shard, *parts, *shard) for shard in missing]):
+                        done.result()
+                        bar.update()
+            else:
+                for shard in missing:
+                    _encode_shard(*parts, *shard)
+                    bar.update()
+        for index in shards:
+            content = json.loads(index.read_text())
+            self.items += [{**item, "file": index.with_suffix(".f16")} for item in content["items"]]
+            self.skipped |= content["skipped"]
         if self.skipped:
             logger.warning(f"{len(self.skipped)} clips of {name} were left out: {json.dumps(self.skipped)[:500]}")
         if not self.items:
             raise ValueError(
                 f"None of the {len(clips)} clips of {name} could be read: {json.dumps(self.skipped)[:500]}"
             )
-
-    @torch.inference_mode()
-    def _encode(
-        self,
-        clips: Sequence[Clip],
-        numbers: range,
-        processor: LambProcessor,
-        model: LambForAudioCaptioning,
-        index: Path,
-    ) -> None:
-        extractor = processor.feature_extractor
-        items, skipped, offset = [], {}, 0
-        temporary = index.with_suffix(f".{os.getpid()}.tmp")
-        with open(temporary, "wb") as stream:
-            for number in numbers:
-                clip = clips[number]
-                try:
-                    audio = read_audio(clip.audio, extractor.sampling_rate, extractor.sampling_rate)
-                    inputs = extractor(audio, sampling_rate=extractor.sampling_rate, return_tensors="pt")
-                except ValueError as error:
-                    skipped[clip.id] = str(error)
-                    continue
-                features = inputs["input_features"].to(model.device)
-                tokens, mask, _ = encode_audio(
-                    model.audio_encoder, features, inputs["input_features_mask"].to(model.device)
-                )
-                array = tokens[0, : int(mask.sum())].to(torch.float16).cpu().numpy()
-                stream.write(array.tobytes())
-                items.append({"id": clip.id, "captions": clip.captions, "offset": offset, "shape": array.shape})
-                offset += array.size
-        os.replace(temporary, index.with_suffix(".f16"))
-        temporary.write_text(json.dumps({"items": items, "skipped": skipped}))
-        os.replace(temporary, index)  # the shard counts as done only now
 
     def __len__(self) -> int:
         return len(self.items)
@@ -171,6 +156,32 @@ class EncodedClips(Dataset):
             "id": item["id"],
             "clip": number,
         }
+
+
+@torch.inference_mode()
+def _encode_shard(
+    clips: Sequence[Clip], extractor: FeatureExtractionMixin, encoder: nn.Module, index: Path, numbers: range
+) -> None:
+    device = next(encoder.parameters()).device
+    items, skipped, offset = [], {}, 0
+    temporary = index.with_suffix(f".{os.getpid()}.tmp")
+    with open(temporary, "wb") as stream:
+        for number in numbers:
+            clip = clips[number]
+            try:
+                audio = read_audio(clip.audio, extractor.sampling_rate, extractor.sampling_rate)
+                inputs = extractor(audio, sampling_rate=extractor.sampling_rate, return_tensors="pt").to(device)
+            except ValueError as error:
+                skipped[clip.id] = str(error)
+                continue
+            tokens, mask, _ = encode_audio(encoder, inputs["input_features"], inputs["input_features_mask"])
+            array = tokens[0, : int(mask.sum())].to(torch.float16).cpu().numpy()
+            stream.write(array.tobytes())
+            items.append({"id": clip.id, "captions": clip.captions, "offset": offset, "shape": array.shape})
+            offset += array.size
+    os.replace(temporary, index.with_suffix(".f16"))
+    temporary.write_text(json.dumps({"items": items, "skipped": skipped}))
+    os.replace(temporary, index)  # the shard counts as done only now
 
 
 class WaveformClips(Dataset):

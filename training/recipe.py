@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,12 +38,16 @@ class Source:
             raise ValueError("A data source needs either 'folder' or 'soundscapes'.")
         if self.folder is not None:
             return read_folder(self.folder), Path(self.folder).resolve().name
-        from .soundscapes.mixing import SoundscapeClips  # its parts are installed by the extra `mini` only
+        from .soundscapes import mixing  # its parts are installed by the extra `mini` only
         from .soundscapes.sources import fetch
 
         settings = self.soundscapes or {}
         fetch()
-        return SoundscapeClips(**settings), "soundscapes-" + "-".join(str(value) for value in settings.values())
+        corpus = hashlib.sha256(
+            b"".join(file.read_bytes() for file in sorted(Path(mixing.__file__).parent.glob("*.*")))
+        )
+        names = [str(value) for value in settings.values()]
+        return mixing.SoundscapeClips(**settings), "-".join(["soundscapes", *names, corpus.hexdigest()[:8]])
 
 
 @dataclass
@@ -77,6 +82,7 @@ class Recipe:
         init_from: a LAMB checkpoint to go on from, instead of `model`.
         train, validation: sources of clips.
         cache_encoder_tokens: encode every clip once (the encoder must be frozen) and keep the tokens on disk.
+        preprocessing_num_workers: processes that fill that cache, each on one CPU thread; 0 uses the model's device.
         save_dtype: of the weights that are saved at the end.
         stages: one after the other.
         seed: of everything.
@@ -90,6 +96,7 @@ class Recipe:
     init_from: str | None = None
     validation: Source | None = None
     cache_encoder_tokens: bool = False
+    preprocessing_num_workers: int = 0
     save_dtype: str = "float32"
     seed: int = 42
 

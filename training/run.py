@@ -42,7 +42,7 @@ def _rows(recipe: Recipe, source: Source, model: LambForAudioCaptioning, process
         raise ValueError(
             "cache_encoder_tokens needs a frozen encoder: set freeze_audio_encoder and no audio_peft_config."
         )
-    encoded = EncodedClips(clips, processor, model.eval(), recipe.token_cache(), name)
+    encoded = EncodedClips(clips, processor, model.eval(), recipe.token_cache(), name, recipe.preprocessing_num_workers)
     return OneRowPerCaption(encoded, [len(item["captions"]) for item in encoded.items])
 
 

@@ -5,6 +5,7 @@ import pytest
 import soundfile
 import torch
 from conftest import noise
+from training_lamb import data
 from training_lamb.data import CaptionCollator, Clip, EncodedClips, OneRowPerCaption, WaveformClips, read_folder
 
 
@@ -69,9 +70,19 @@ def test_the_cache_is_filled_once_and_leaves_out_what_cannot_be_read(folder, mod
     clips = read_folder(folder)
     encoded = EncodedClips(clips, processor, model, tmp_path / "cache", "clips")
     assert len(encoded) == 2 and set(encoded.skipped) == {"1.wav"}
-    monkeypatch.setattr(EncodedClips, "_encode", lambda *args: pytest.fail("encoded again"))
+    monkeypatch.setattr(data, "_encode_shard", lambda *args: pytest.fail("encoded again"))
     again = EncodedClips(clips, processor, model, tmp_path / "cache", "clips")
     assert np.array_equal(again[0]["audio_hidden_states"], encoded[0]["audio_hidden_states"])
+
+
+def test_several_processes_fill_the_cache_as_one_does(folder, model, processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(EncodedClips, "SHARD", 1)
+    clips = read_folder(folder)
+    one = EncodedClips(clips, processor, model, tmp_path / "one", "clips")
+    two = EncodedClips(clips, processor, model, tmp_path / "two", "clips", num_workers=2)
+    for mine, theirs in zip(one, two, strict=True):
+        assert mine["id"] == theirs["id"] and mine["captions"] == theirs["captions"]
+        torch.testing.assert_close(mine["audio_hidden_states"], theirs["audio_hidden_states"], atol=2e-3, rtol=2e-3)
 
 
 def test_a_bad_file_is_replaced_and_named(folder):

@@ -70,7 +70,7 @@ def test_captions_name_what_sounds_in_its_order(recordings):
     keywords = {name: sound.keywords for name, sound in corpus.classes.items() if name in CLASSES}
     for index in range(40):
         clip = corpus.compose(index)
-        assert 4 * 16000 <= len(clip.audio) <= 12 * 16000 and clip.audio.dtype == np.float32
+        assert 4 * 16000 <= len(clip.audio) <= 10 * 16000 and clip.audio.dtype == np.float32
         assert np.isfinite(clip.audio).all() and np.abs(clip.audio).max() <= 1
         assert len(clip.captions) == 5
         truth = [event.class_name for event in clip.events]

@@ -17,13 +17,13 @@ logger = logging.get_logger(__name__)
 
 # how often each kind of clip is drawn
 KINDS = {
-    "single": 0.45,
-    "sequence": 0.22,
+    "single": 0.38,
+    "sequence": 0.26,
     "overlap": 0.12,
     "background": 0.12,
-    "three": 0.05,
-    "silence": 0.02,
-    "noise": 0.02,
+    "three": 0.07,
+    "silence": 0.025,
+    "noise": 0.025,
 }
 SILENCE = ("There is silence.", "Nothing can be heard.", "It is silent.", "No sound is heard.", "Complete silence.")
 NOISE = (
@@ -33,7 +33,8 @@ NOISE = (
     "A constant hiss.",
     "Static noise.",
 )
-MAX_EVENT = 5.0  # seconds of a recording that are used at the most
+MIN_SECONDS, MAX_SECONDS = 4.0, 10.0  # of a clip
+MAX_EVENT = {1: 5.0, 2: 4.0, 3: 2.8}  # seconds that an event may last, by the number of events
 
 
 @dataclass(frozen=True)
@@ -99,20 +100,17 @@ class SoundscapeCorpus:
         """
         draw = np.random.default_rng([self.seed, index, len(self.split)])
         kind = kind or str(draw.choice(list(KINDS), p=list(KINDS.values())))
-        seconds = float(draw.uniform(4, 10))
         if kind in ("silence", "noise"):
+            seconds = float(draw.uniform(MIN_SECONDS, MAX_SECONDS))
             level = draw.uniform(-90, -65) if kind == "silence" else draw.uniform(-45, -20)
             audio = _noise(draw, round(seconds * SAMPLING_RATE)) * 10 ** (level / 20)
             captions = [str(text) for text in draw.permutation(SILENCE if kind == "silence" else NOISE)]
             return Soundscape(audio.astype(np.float32), captions[: self._captions_per_clip], kind)
         count = {"single": 1, "three": 3}.get(kind, 2)
         chosen = list(names) if names else [str(name) for name in draw.choice(self.names, count, replace=False)]
-        sounds = [self._sound(draw, name) for name in chosen]
-        onsets = _onsets(draw, kind, [len(sound) / SAMPLING_RATE for sound in sounds])
-        length = max(
-            seconds, *(onset + len(sound) / SAMPLING_RATE for onset, sound in zip(onsets, sounds, strict=True))
-        )
-        audio = np.zeros(round(min(length + 0.3, 12) * SAMPLING_RATE), np.float32)
+        sounds = [self._sound(draw, name, MAX_EVENT[count]) for name in chosen]
+        onsets, seconds = _onsets(draw, kind, [len(sound) / SAMPLING_RATE for sound in sounds])
+        audio = np.zeros(round(seconds * SAMPLING_RATE), np.float32)
         events = []
         for position, (name, sound, onset) in enumerate(zip(chosen, sounds, onsets, strict=True)):
             level = float(draw.uniform(-32, -18)) - (
@@ -136,8 +134,9 @@ class SoundscapeCorpus:
         captions += captions[: self._captions_per_clip - len(captions)]
         return Soundscape(audio, captions, kind, sorted(events, key=lambda event: event.onset))
 
-    def _sound(self, draw: np.random.Generator, name: str) -> np.ndarray:
-        """An event at unit level: takes of one family, repeated where that is how the class sounds."""
+    def _sound(self, draw: np.random.Generator, name: str, seconds: float) -> np.ndarray:
+        """An event at unit level: takes of one family, repeated where that is how the class sounds, in `seconds`."""
+        longest = round(seconds * SAMPLING_RATE)
         families = self.families[name]
         takes = families[int(draw.choice(sorted(families)))]
         rate = float(draw.uniform(0.94, 1.06))
@@ -146,16 +145,16 @@ class SoundscapeCorpus:
         for _ in range(repeats):
             take = takes[int(draw.integers(len(takes)))]
             samples = _recording(take.package, take.path)
-            if len(samples) > MAX_EVENT * SAMPLING_RATE:
-                start = int(draw.integers(len(samples) - int(MAX_EVENT * SAMPLING_RATE)))
-                samples = samples[start : start + int(MAX_EVENT * SAMPLING_RATE)]
-            if pieces and sum(map(len, pieces)) + len(samples) > MAX_EVENT * SAMPLING_RATE:
+            if len(samples) > longest:
+                start = int(draw.integers(len(samples) - longest))
+                samples = samples[start : start + longest]
+            if pieces and sum(map(len, pieces)) + len(samples) > longest:
                 break
             gap = draw.uniform(0.05, 0.2) if self.classes[name].repeats > 4 else draw.uniform(0.1, 0.5)
             if pieces:
                 pieces.append(np.zeros(int(gap * SAMPLING_RATE), np.float32))
             pieces.append(soxr.resample(samples, SAMPLING_RATE, SAMPLING_RATE / rate, quality="LQ"))
-        sound = np.concatenate(pieces)
+        sound = np.concatenate(pieces)[:longest]
         fade = min(len(sound) // 4, SAMPLING_RATE // 50)
         if fade:
             ramp = np.linspace(0, 1, fade, dtype=np.float32)
@@ -165,13 +164,17 @@ class SoundscapeCorpus:
         return sound / (np.sqrt(np.mean(active**2)) + 1e-9)
 
 
-def _onsets(draw: np.random.Generator, kind: str, lengths: list[float]) -> list[float]:
-    if kind in ("sequence", "three"):
-        onsets = [float(draw.uniform(0, 0.8))]
-        for length in lengths[:-1]:
-            onsets.append(onsets[-1] + length + float(draw.uniform(0.1, 0.8)))
-        return [min(onset, 10.5) for onset in onsets]
-    return [float(draw.uniform(0, 1.0)) for _ in lengths]
+def _onsets(draw: np.random.Generator, kind: str, lengths: list[float]) -> tuple[list[float], float]:
+    """Onset of each event, and the length of the clip, in seconds: the quiet that is left lies around the events."""
+    in_turn = kind in ("sequence", "three")
+    sounding = sum(lengths) if in_turn else max(lengths)
+    seconds = float(np.clip(sounding + draw.uniform(0.3, 4.0), MIN_SECONDS, MAX_SECONDS))
+    if not in_turn:
+        start = draw.uniform(0, max(0.0, seconds - sounding))
+        return [float(start + draw.uniform(0, sounding - length + 1e-6)) for length in lengths], seconds
+    gaps = draw.dirichlet(np.ones(len(lengths) + 1)) * max(0.0, seconds - sounding)
+    onsets = np.cumsum(gaps[:-1]) + np.cumsum([0.0, *lengths[:-1]])
+    return [float(onset) for onset in onsets], seconds
 
 
 def _noise(draw: np.random.Generator, samples: int) -> np.ndarray:
