@@ -1,12 +1,15 @@
 """
-Caption clips and score the captions.
+Caption clips and score the captions, or score captions that exist.
 
-    python score.py MODEL --soundscapes test --clips 400 --out runs/mini/scores
-    python score.py MODEL --folder my_sounds --out scores
+    python score.py MODEL --data table --table clotho/evaluation.csv --audio clotho/evaluation --out scores
+    python score.py MODEL --soundscapes test --out scores
+    python score.py --predictions captions.csv --out scores
+    python score.py --predictions mine.jsonl --against theirs.jsonl --out scores
 
-MODEL is a LAMB folder or Hub id. OUT gets `predictions.jsonl` (id, caption, references, and for soundscapes the events)
-and, for soundscapes, `scores.json`: how often the right class is named, event F1 and order, with bootstrap 95 % intervals,
-beside the controls (a random class, the same captions shuffled over the clips, a linear probe on the same encoder).
+MODEL is a LAMB folder or Hub id; `--data` names a reader (table, audiocaps, coco, wavcaps) and takes its arguments. OUT
+gets `predictions.jsonl` (id, caption, references, scores of the clip) and `scores.json`: corpus scores with bootstrap
+95 % intervals, what was skipped and how to get it. Soundscapes add how often the right class is named, event F1 and
+order, and five controls. Under `torchrun --nproc_per_node N` each process captions its share; the files are the same.
 """
 
 import argparse
@@ -16,37 +19,53 @@ from pathlib import Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--folder", help="sound files with a metadata.csv or metadata.jsonl")
-    parser.add_argument("--soundscapes", help="a split of the composed soundscapes")
+    parser.add_argument("model", nargs="?")
+    parser.add_argument(
+        "--data", choices=("table", "audiocaps", "coco", "wavcaps"), help="reader of --table and --audio"
+    )
+    parser.add_argument("--table", help="a csv, jsonl, parquet or json file, or a folder with metadata.csv")
+    parser.add_argument("--audio", help="the folder of its files")
+    parser.add_argument("--soundscapes", metavar="SPLIT", help="a split of the composed soundscapes")
     parser.add_argument(
         "--clips", type=int, default=400, help="mixtures to compose; single events come evenly from all classes"
     )
+    parser.add_argument("--train_clips", type=int, default=4000, help="training clips of the soundscapes' controls")
+    parser.add_argument(
+        "--predictions", type=Path, help="csv or jsonl with id, caption and references or caption_1, ..."
+    )
+    parser.add_argument("--against", type=Path, help="another predictions file, of the same clips")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--beams", type=int, default=1)
     parser.add_argument("--guide_weight", type=float, help="instead of the learned one")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that encode the controls' clips")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    if (options.folder is None) == (options.soundscapes is None):
-        parser.error("give either --folder or --soundscapes")
+    if sum(bool(given) for given in (options.data, options.soundscapes, options.predictions)) != 1:
+        parser.error("give one of --data, --soundscapes and --predictions")
+    if options.data and not (options.table and options.model):
+        parser.error("--data needs MODEL and --table")
 
-    from training_lamb.scoring import caption_clips, folder_rows, score_rows, soundscape_rows
+    from training_lamb import scoring  # torch and transformers load only for real work
 
-    options.out.mkdir(parents=True, exist_ok=True)
-    rows = folder_rows(options.folder) if options.folder else soundscape_rows(options.soundscapes, options.clips)
     settings = {"num_beams": options.beams, "token_guide_weight": options.guide_weight}
-    caption_clips(options.model, rows, options.batch_size, {k: v for k, v in settings.items() if v is not None})
-    with open(options.out / "predictions.jsonl", "w", encoding="utf-8") as stream:
-        for row in rows:
-            stream.write(json.dumps({name: value for name, value in row.items() if name != "audio"}) + "\n")
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if options.predictions:
+        rows = scoring.read_predictions(options.predictions)
+    else:
+        rows = (
+            scoring.data_rows(options.data, options.table, options.audio)
+            if options.data
+            else scoring.soundscape_rows(options.soundscapes, options.clips)
+        )
+        if not scoring.caption_clips(options.model, rows, options.batch_size, settings):
+            return  # another rank writes the files
+    scores = {"model": options.model, "generation": settings, "clips": len(rows)} | scoring.score_rows(rows)
     if options.soundscapes:
-        scores = score_rows(options.model, rows) | {"model": options.model, "generation": settings}
-        (options.out / "scores.json").write_text(json.dumps(scores, indent=2), encoding="utf-8")
-        for name, score in scores.items():
-            if isinstance(score, dict) and "value" in score:
-                print(f"{name}: {score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}], n = {score['n']}")
-    failed = sum(row["caption"] is None for row in rows)
-    print(f"{len(rows) - failed} clips were captioned, {failed} could not be read; see {options.out}")
+        scores |= scoring.soundscape_scores(options.model, rows, options.train_clips, options.num_workers)
+    if options.against:
+        scores["difference"] = scoring.paired_differences(rows, options.against)
+    scoring.write(options.out, rows, scores)
+    print(json.dumps({name: value for name, value in scores.items() if name != "controls"}, indent=2))
 
 
 if __name__ == "__main__":

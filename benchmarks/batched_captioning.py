@@ -2,7 +2,7 @@
 
 import torch
 from interleave import medians
-from transformers import LlamaConfig
+from smollm import smollm_config
 
 from modeling_lamb import CedConfig, LambConfig, LambForAudioCaptioning
 
@@ -11,17 +11,7 @@ CLIPS, NEW_TOKENS = 8, 16
 
 def main() -> None:
     torch.manual_seed(0)
-    text = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
+    text = smollm_config(eos_token_id=None, pad_token_id=0)
     config = LambConfig(audio_config=CedConfig.of_size("tiny"), text_config=text, audio_token_id=49152)
     model = LambForAudioCaptioning(config).eval()
     features = torch.randn(CLIPS, 64, 1001)

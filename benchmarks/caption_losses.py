@@ -7,7 +7,7 @@ import sys
 
 import torch
 from interleave import medians, peak_megabytes, report_peak
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 
 from modeling_lamb.caption_loss import caption_losses
 
@@ -21,10 +21,12 @@ def functions() -> dict:
     bias = torch.rand(BATCH, VOCABULARY, requires_grad=True)
     labels = torch.full((BATCH, PREFIX + CAPTION), -100)
     labels[:, PREFIX:] = torch.randint(VOCABULARY, (BATCH, CAPTION))
-    caption = slice(PREFIX - 1, PREFIX + CAPTION - 1)  # the positions that predict the caption
+    caption = torch.arange(
+        PREFIX - 1, PREFIX + CAPTION - 1
+    )  # the positions that predict the caption, as the model says them
 
     def naive() -> torch.Tensor:
-        logits = hidden @ table.T
+        logits = linear(hidden, table)
         shifted = labels.roll(-1, 1).index_fill(1, torch.tensor([PREFIX + CAPTION - 1]), -100).flatten()
         losses = [
             torch.nn.functional.nll_loss(z.float().log_softmax(-1).flatten(0, 1), shifted)
@@ -33,11 +35,11 @@ def functions() -> dict:
         return losses[0] + losses[1]
 
     def ours() -> torch.Tensor:
-        plain, guided = caption_losses(hidden[:, caption] @ table.T, labels[:, PREFIX:], bias)
+        plain, guided = caption_losses(linear(hidden[:, caption], table), labels[:, PREFIX:], bias)
         return plain + guided
 
     def one() -> torch.Tensor:
-        return cross_entropy((hidden[:, caption] @ table.T).flatten(0, 1), labels[:, PREFIX:].flatten())
+        return cross_entropy((linear(hidden[:, caption], table)).flatten(0, 1), labels[:, PREFIX:].flatten())
 
     return {"naive": naive, "ours": ours, "one": one}
 

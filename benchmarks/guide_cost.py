@@ -2,23 +2,15 @@
 
 import torch
 from interleave import medians
-from transformers import LlamaConfig, LlamaForCausalLM
+from smollm import smollm_config
+from transformers import LlamaForCausalLM
 
 from modeling_lamb import TokenGuideLogitsProcessor, guide_scores
 
 
 def main() -> None:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(smollm_config()).eval()
     table = model.get_input_embeddings().weight.detach()
     audio_embeds = torch.randn(1, 32, 576)
     guide = TokenGuideLogitsProcessor(guide_scores(audio_embeds, table), 0.1)

@@ -1,6 +1,7 @@
 """Medians of several functions timed in turn, in one process: what else the machine does falls on all of them alike."""
 
 import ctypes
+import os
 import statistics
 import subprocess
 import sys
@@ -30,9 +31,12 @@ def peak_megabytes(name: str) -> float:
     """
     Resident memory that `python THIS_SCRIPT --peak NAME` adds while it runs, in MB.
 
-    The script answers `--peak` by calling [`report_peak`] with the function of that name.
+    The script answers `--peak` by calling [`report_peak`] with the function of that name. Its allocator gives every large
+    block back when it is freed, so that what is counted was in use.
     """
-    result = subprocess.run([sys.executable, sys.argv[0], "--peak", name], capture_output=True, text=True, check=True)
+    command = [sys.executable, sys.argv[0], "--peak", name]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return float(result.stdout.split()[-1])
 
 

@@ -134,7 +134,7 @@ class LambProcessor(ProcessorMixin):
         eos = self.tokenizer.eos_token
         if eos is None:
             raise ValueError("The tokenizer has no eos_token, so captions would never end: set tokenizer.eos_token.")
-        prompts = [prompt.replace(self.audio_token, self.audio_token * self.num_audio_tokens) for prompt in prompts]
+        prompts = self._expand(prompts)
         joined = [f"{prompt} {caption.strip()}{eos}" for prompt, caption in zip(prompts, captions, strict=True)]
         settings = {"padding": True, "padding_side": "right", "return_tensors": "pt"} | text_kwargs
         inputs = self.tokenizer(joined, **settings)
@@ -150,6 +150,16 @@ class LambProcessor(ProcessorMixin):
                 )
             labels[row, start:end] = -100
         return BatchFeature(dict(inputs) | {"labels": labels})
+
+    def prompt_texts(self, clips: int, text: str | list[str] | None = None) -> BatchFeature:
+        """The text side of generation alone, for audio that was encoded before: `input_ids` and `attention_mask`."""
+        settings = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+        inputs = self.tokenizer(self._expand(self._prompts(text, clips)), **settings)
+        inputs.pop("token_type_ids", None)
+        return inputs
+
+    def _expand(self, prompts: list[str]) -> list[str]:
+        return [prompt.replace(self.audio_token, self.audio_token * self.num_audio_tokens) for prompt in prompts]
 
     def _read_files(self, audio: Any, kwargs: dict) -> Any:
         """Paths and URLs decoded at the extractor's rate; anything else as it is."""

@@ -1,14 +1,18 @@
 """Tiny models, tokenizers and sounds, made in code: no network, no GPU."""
 
+import csv
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
+from training_lamb.convert_yamnet import yamnet_feature_extractor
 from transformers import ASTFeatureExtractor, LlamaConfig, PreTrainedTokenizerFast, WhisperFeatureExtractor
 
 from modeling_lamb import LambConfig, LambFeatureExtractor, LambForAudioCaptioning, LambProcessor
@@ -54,18 +58,7 @@ ENCODERS = {
     ),
     "mobilenet": (
         {"model_type": "mobilenet_v1", "num_channels": 1, "depth_multiplier": 0.125, "hidden_act": "relu"},
-        lambda: LambFeatureExtractor(
-            win_length=400,
-            min_frequency=125.0,
-            max_frequency=7500.0,
-            triangularize_in_mel_space=True,
-            power=1.0,
-            log_scale="ln",
-            center=False,
-            min_length=400,
-            min_frames=96,
-            frame_multiple=48,
-        ),
+        yamnet_feature_extractor,
     ),
 }
 
@@ -176,3 +169,10 @@ def noise(seconds: float, seed: int = 0) -> np.ndarray:
     time = np.arange(round(seconds * 16000)) / 16000
     tone = np.sin(2 * np.pi * (200 + 150 * seed) * time * (1 + time / 10))
     return (0.3 * tone + 0.05 * generator.standard_normal(len(time))).astype(np.float32)
+
+
+def write_table(file: Path, rows: list[tuple], columns: tuple[str, ...] = ("file_name", "caption")) -> Path:
+    """A csv file with a header."""
+    with open(file, "w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([columns, *rows])
+    return file

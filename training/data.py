@@ -1,9 +1,9 @@
-"""Captioned clips in one shape, the cache of a frozen encoder's tokens, and the batches that the model takes."""
+"""Clips as rows of training: read when asked for, or from the cache of a frozen encoder's tokens; and their batches."""
 
-import csv
 import hashlib
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -14,71 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 from processing_lamb import LambProcessor, read_audio
-from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 from tqdm.auto import tqdm
-from transformers import FeatureExtractionMixin
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from modeling_lamb import LambForAudioCaptioning
 from modeling_lamb.audio_encoders import encode_audio
 
+from .readers import Clip
+
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class Clip:
-    """One clip: its audio (path, bytes, or float32 samples at the extractor's rate), all its captions, and its name."""
-
-    audio: Any
-    captions: list[str]
-    id: str
-
-
-def read_folder(folder: str | Path) -> list[Clip]:
-    """
-    Clips of a folder of sound files with a `metadata.csv` or `metadata.jsonl` beside them.
-
-    The table has a column `file_name`, and `caption`, `captions` (a list, jsonl only) or `caption_1`, `caption_2`, ...
-
-    Raises:
-        ValueError: when the table, a column, every file or every caption of a row is missing; it names it.
-    """
-    folder = Path(folder)
-    tables = [table for table in (folder / "metadata.jsonl", folder / "metadata.csv") if table.is_file()]
-    if not tables:
-        raise ValueError(f"{folder} holds no metadata.csv or metadata.jsonl with the columns file_name and caption.")
-    with open(tables[0], newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream)) if tables[0].suffix == ".csv" else [json.loads(line) for line in stream]
-    if not rows or "file_name" not in rows[0]:
-        raise ValueError(
-            f"{tables[0]} has the columns {sorted(rows[0]) if rows else []}, expected file_name and caption."
-        )
-    clips, missing = [], []
-    for number, row in enumerate(rows):
-        captions = _captions(row)
-        if not captions:
-            raise ValueError(
-                f"Row {number + 1} of {tables[0]} ({row['file_name']}) has no caption: fill it in or remove it."
-            )
-        path = folder / row["file_name"]
-        if path.is_file():
-            clips.append(Clip(str(path), captions, row["file_name"]))
-        else:
-            missing.append(row["file_name"])
-    if missing:
-        logger.warning(f"{len(missing)} of {len(rows)} files of {tables[0]} are missing: {', '.join(missing[:5])} ...")
-    if not clips:
-        raise ValueError(f"None of the {len(rows)} files that {tables[0]} names is in {folder}.")
-    return clips
-
-
-def _captions(row: dict[str, Any]) -> list[str]:
-    values = row.get("captions") or [
-        row.get("caption"),
-        *(row[name] for name in sorted(row) if name.startswith("caption_")),
-    ]
-    return [" ".join(value.split()) for value in values if value and value.strip()]
 
 
 class EncodedClips(Dataset):
@@ -95,6 +41,7 @@ class EncodedClips(Dataset):
         folder: where caches live.
         name: of these clips; change it when they change.
         num_workers: processes that encode, each on one thread; 0 encodes in this one, on the model's device.
+        max_seconds: of a longer clip the first so many seconds are encoded; how many were cut is logged.
     """
 
     SHARD = 200
@@ -107,21 +54,25 @@ class EncodedClips(Dataset):
         folder: str | Path,
         name: str,
         num_workers: int = 0,
+        max_seconds: float | None = None,
     ) -> None:
         key = hashlib.sha256()
         for tensor in model.audio_encoder.state_dict().values():
             key.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         key.update(processor.feature_extractor.to_json_string().encode() + f"{name} {len(clips)}".encode())
+        if max_seconds is not None:
+            key.update(f" {max_seconds} s".encode())
         self.folder = Path(folder) / f"{name}-{key.hexdigest()[:12]}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.items: list[dict[str, Any]] = []
         self.skipped: dict[str, str] = {}
+        self.cut = 0
         shards = {
             self.folder / f"{start:08d}.json": range(start, min(start + self.SHARD, len(clips)))
             for start in range(0, len(clips), self.SHARD)
         }
         missing = [(index, numbers) for index, numbers in shards.items() if not index.is_file()]
-        parts = (clips, processor.feature_extractor, model.audio_encoder)
+        parts = (clips, processor.feature_extractor, model.audio_encoder, max_seconds)
         with tqdm(total=len(missing), desc=f"encoding {name}", unit="shard", disable=None) as bar:
             if num_workers > 1 and len(missing) > 1:
                 with ProcessPoolExecutor(num_workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
@@ -136,6 +87,9 @@ class EncodedClips(Dataset):
             content = json.loads(index.read_text())
             self.items += [{**item, "file": index.with_suffix(".f16")} for item in content["items"]]
             self.skipped |= content["skipped"]
+            self.cut += content.get("cut", 0)
+        if self.cut:
+            logger.warning(f"{self.cut} clips of {name} are longer than {max_seconds} s; their first part is used.")
         if self.skipped:
             logger.warning(f"{len(self.skipped)} clips of {name} were left out: {json.dumps(self.skipped)[:500]}")
         if not self.items:
@@ -160,16 +114,23 @@ class EncodedClips(Dataset):
 
 @torch.inference_mode()
 def _encode_shard(
-    clips: Sequence[Clip], extractor: FeatureExtractionMixin, encoder: nn.Module, index: Path, numbers: range
+    clips: Sequence[Clip],
+    extractor: Any,
+    encoder: PreTrainedModel,
+    max_seconds: float | None,
+    index: Path,
+    numbers: range,
 ) -> None:
     device = next(encoder.parameters()).device
-    items, skipped, offset = [], {}, 0
+    items, skipped, offset, cut = [], {}, 0, 0
     temporary = index.with_suffix(f".{os.getpid()}.tmp")
     with open(temporary, "wb") as stream:
         for number in numbers:
             clip = clips[number]
             try:
                 audio = read_audio(clip.audio, extractor.sampling_rate, extractor.sampling_rate)
+                if max_seconds is not None and len(audio) > max_seconds * extractor.sampling_rate:
+                    audio, cut = audio[: round(max_seconds * extractor.sampling_rate)], cut + 1
                 inputs = extractor(audio, sampling_rate=extractor.sampling_rate, return_tensors="pt").to(device)
             except ValueError as error:
                 skipped[clip.id] = str(error)
@@ -180,15 +141,30 @@ def _encode_shard(
             items.append({"id": clip.id, "captions": clip.captions, "offset": offset, "shape": array.shape})
             offset += array.size
     os.replace(temporary, index.with_suffix(".f16"))
-    temporary.write_text(json.dumps({"items": items, "skipped": skipped}))
+    temporary.write_text(json.dumps({"items": items, "skipped": skipped, "cut": cut}))
     os.replace(temporary, index)  # the shard counts as done only now
 
 
 class WaveformClips(Dataset):
-    """Clips read and decoded when they are asked for; one that cannot be read is replaced by the next that can."""
+    """
+    Clips read and decoded when they are asked for; one that cannot be read is replaced by the next that can.
 
-    def __init__(self, clips: Sequence[Clip], sampling_rate: int) -> None:
-        self.clips, self.sampling_rate = list(clips), sampling_rate
+    Args:
+        clips: what to read.
+        sampling_rate: in Hz, to which they are resampled.
+        max_seconds: longer clips are cropped to this; None takes them whole.
+        random_crop: at a place drawn by torch's generator instead of at the start.
+    """
+
+    def __init__(
+        self,
+        clips: Sequence[Clip],
+        sampling_rate: int,
+        max_seconds: float | None = None,
+        random_crop: bool = False,
+    ) -> None:
+        self.clips, self.sampling_rate, self.random_crop = clips, sampling_rate, random_crop
+        self.max_length = None if max_seconds is None else round(max_seconds * sampling_rate)
         self.skipped: dict[str, str] = {}
 
     def __len__(self) -> int:
@@ -196,7 +172,8 @@ class WaveformClips(Dataset):
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         for shift in range(len(self.clips)):
-            clip = self.clips[(number + shift) % len(self.clips)]
+            position = (number + shift) % len(self.clips)
+            clip = self.clips[position]
             try:
                 audio = read_audio(clip.audio, self.sampling_rate, self.sampling_rate)
             except ValueError as error:
@@ -204,13 +181,21 @@ class WaveformClips(Dataset):
                     logger.warning(f"{clip.id} is left out: {error}")
                 self.skipped[clip.id] = str(error)
                 continue
-            return {
-                "audio": audio,
-                "captions": clip.captions,
-                "id": clip.id,
-                "clip": (number + shift) % len(self.clips),
-            }
+            if self.max_length is not None and len(audio) > self.max_length:
+                start = int(torch.randint(len(audio) - self.max_length + 1, ())) if self.random_crop else 0
+                audio = audio[start : start + self.max_length]
+            item = {"audio": audio, "captions": clip.captions, "id": clip.id, "clip": position}
+            return item | {"augment": self.random_crop}
         raise ValueError(f"None of the {len(self.clips)} clips could be read.")
+
+
+class JoinedRows(ConcatDataset):
+    """Rows of several sources, with clip numbers that stay apart."""
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        item = super().__getitem__(number)
+        part = bisect_right(self.cumulative_sizes, number)
+        return item | {"clip": item["clip"] + (self.cumulative_sizes[part - 1] if part else 0)}
 
 
 class OneRowPerCaption(Dataset):
@@ -232,19 +217,55 @@ class OneRowPerCaption(Dataset):
 
 @dataclass
 class CaptionCollator:
-    """Rows of [`OneRowPerCaption`] -> the model's inputs, with labels on caption and EOS."""
+    """
+    Rows of [`OneRowPerCaption`] -> the model's inputs, with labels on caption and EOS.
+
+    Args:
+        processor: of the model.
+        spec_augment: `{"time": frames, "frequency": bands, "count": n}`: that many stripes of up to so many frames and mel
+            bands of each training clip are set to its mean (SpecAugment); None leaves the features as they are.
+    """
 
     processor: LambProcessor
+    spec_augment: dict[str, int] | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         captions = [row["caption"] for row in rows]
         if "audio" in rows[0]:
             rate = self.processor.feature_extractor.sampling_rate
             batch = dict(self.processor(audio=[row["audio"] for row in rows], sampling_rate=rate, captions=captions))
+            if self.spec_augment and rows[0].get("augment"):
+                batch["input_features"] = spec_augment(batch["input_features"], **self.spec_augment)
         else:
-            batch = self.processor.label_texts(captions)
-            tokens = [row["audio_hidden_states"] for row in rows]
-            batch["audio_hidden_states"] = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
-            lengths = torch.tensor([len(item) for item in tokens])
-            batch["audio_hidden_mask"] = torch.arange(int(lengths.max())) < lengths[:, None]
+            batch = dict(self.processor.label_texts(captions)) | _pad_tokens(rows)
         return batch | {"clip_ids": torch.tensor([row["clip"] for row in rows])}
+
+
+def prompt_inputs(rows: list[dict[str, Any]], processor: LambProcessor) -> dict[str, torch.Tensor]:
+    """Rows of clips -> the inputs of `generate`, prompts alone."""
+    if "audio" in rows[0]:
+        rate = processor.feature_extractor.sampling_rate
+        return dict(processor(audio=[row["audio"] for row in rows], sampling_rate=rate))
+    return dict(processor.prompt_texts(len(rows))) | _pad_tokens(rows)
+
+
+def _pad_tokens(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    tokens = [row["audio_hidden_states"] for row in rows]
+    lengths = torch.tensor([len(item) for item in tokens])
+    return {
+        "audio_hidden_states": torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True),
+        "audio_hidden_mask": torch.arange(int(lengths.max())) < lengths[:, None],
+    }
+
+
+def spec_augment(features: torch.Tensor, time: int, frequency: int, count: int = 2) -> torch.Tensor:
+    """SpecAugment's masks (Park et al. 2019): `features` `(batch, mel, frames)`, stripes at the clip's mean."""
+    features = features.clone()
+    for clip in features:
+        mean = clip.mean()
+        for axis, widest in ((0, frequency), (1, time)):
+            for _ in range(count):
+                width = int(torch.randint(min(widest, clip.shape[axis]) + 1, ()))
+                start = int(torch.randint(clip.shape[axis] - width + 1, ()))
+                clip.narrow(axis, start, width).fill_(mean)
+    return features

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,41 +12,77 @@ from typing import Any
 import yaml
 from processing_lamb import LambFeatureExtractor
 from transformers import AutoFeatureExtractor, AutoTokenizer, TrainingArguments
+from transformers.quantizers.auto import AutoQuantizationConfig
+from transformers.utils import logging
 
 from modeling_lamb import LambConfig, LambForAudioCaptioning, LambProcessor
 from modeling_lamb.packaged_backbone import cache_folder, resolve_backbone
 
 from .convert_yamnet import yamnet_folder
-from .data import Clip, read_folder
+from .readers import READERS, Clip, HubClips, read_hub
+
+logger = logging.get_logger(__name__)
+# Fields of LambConfig that may differ from those of the checkpoint that a recipe goes on from
+CHANGEABLE = {
+    f.name for f in dataclasses.fields(LambConfig) if f.name.endswith("_weight") or f.name.startswith("kernel")
+}
+CHANGEABLE |= {"info_nce_temperature", "guide_metric", "freeze_audio_encoder", "freeze_text_model"}
 
 
 @dataclass
 class Source:
     """
-    Where clips come from; exactly one of `folder` and `soundscapes`.
+    Where clips come from: exactly one of the following.
 
     Args:
-        folder: sound files with a metadata.csv or metadata.jsonl.
+        folder: sound files with a metadata.csv, .jsonl or .parquet.
+        table, audiocaps, coco, wavcaps: the arguments of that reader of `training/readers.py`, `{table, audio, ...}`.
+        hub: the arguments of `readers.read_hub`, `{path, split, audio, captions, ...}`; also what `prepare` wrote.
         soundscapes: `{split, clips, seed}` of composed clips (see `training/soundscapes`).
     """
 
     folder: str | None = None
+    table: dict | None = None
+    audiocaps: dict | None = None
+    coco: dict | None = None
+    wavcaps: dict | None = None
+    hub: dict | None = None
     soundscapes: dict | None = None
 
     def read(self) -> tuple[Sequence[Clip], str]:
-        """The clips, and a name that changes when they do."""
-        if (self.folder is None) == (self.soundscapes is None):
-            raise ValueError("A data source needs either 'folder' or 'soundscapes'.")
-        if self.folder is not None:
-            return read_folder(self.folder), Path(self.folder).resolve().name
+        """
+        The clips, and a name that changes when they do.
+
+        Raises:
+            ValueError: when none or several of the fields are given, or from the reader.
+        """
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) is not None}
+        if len(given) != 1:
+            raise ValueError(
+                f"A data source needs exactly one of {', '.join(f.name for f in dataclasses.fields(self))}; it has "
+                f"{', '.join(given) or 'none'}."
+            )
+        ((kind, settings),) = given.items()
+        if kind == "soundscapes":
+            return self._soundscapes(settings)
+        if kind == "hub":
+            clips = HubClips(read_hub(**settings))
+            return clips, f"{Path(settings['path']).name}-{clips.fingerprint}"
+        if kind == "folder":
+            kind, settings = "table", {"table": settings}
+        clips, report = READERS[kind](**settings)
+        logger.warning(str(report))
+        content = hashlib.sha256(json.dumps([(clip.audio, clip.captions) for clip in clips]).encode())
+        return clips, f"{report.source}-{content.hexdigest()[:8]}"
+
+    @staticmethod
+    def _soundscapes(settings: dict) -> tuple[Sequence[Clip], str]:
         from .soundscapes import mixing  # its parts are installed by the extra `mini` only
         from .soundscapes.sources import fetch
 
-        settings = self.soundscapes or {}
         fetch()
-        corpus = hashlib.sha256(
-            b"".join(file.read_bytes() for file in sorted(Path(mixing.__file__).parent.glob("*.*")))
-        )
+        files = [file for file in Path(mixing.__file__).parent.iterdir() if file.suffix in (".py", ".csv")]
+        corpus = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files)))
         names = [str(value) for value in settings.values()]
         return mixing.SoundscapeClips(**settings), "-".join(["soundscapes", *names, corpus.hexdigest()[:8]])
 
@@ -60,7 +97,7 @@ class Stage:
         training: fields of `transformers.TrainingArguments`.
         alignment_only: train by the aligner's losses alone, without the LLM.
         freeze_adapter: keep the adapter as it is.
-        guide_learning_rate: of beta (Eq. 12); None takes that of everything else.
+        learning_rates: of parts that differ from everything else's, as of [`LambTrainer`].
         model: fields of LambConfig that differ in this stage (loss weights).
     """
 
@@ -68,7 +105,7 @@ class Stage:
     training: dict = field(default_factory=dict)
     alignment_only: bool = False
     freeze_adapter: bool = False
-    guide_learning_rate: float | None = None
+    learning_rates: dict[str, float] = field(default_factory=dict)
     model: dict = field(default_factory=dict)
 
 
@@ -80,7 +117,12 @@ class Recipe:
         model: fields of LambConfig; `audio_model_id: yamnet` stands for the converted YAMNet.
         processor: `prompt_template`, `prompt`.
         init_from: a LAMB checkpoint to go on from, instead of `model`.
-        train, validation: sources of clips.
+        train: sources of clips, read one after the other and shuffled together.
+        validation: a source of clips.
+        max_seconds: longer clips are cropped to this, at random places in training; None takes them whole.
+        spec_augment: `{time, frequency, count}`, masks on the training features (not on cached tokens).
+        generation: arguments of `generate` for the captions of the validation clips.
+        load: arguments of `LambForAudioCaptioning.from_pretrained` (`dtype`, `quantization_config`).
         cache_encoder_tokens: encode every clip once (the encoder must be frozen) and keep the tokens on disk.
         preprocessing_num_workers: processes that fill that cache, each on one CPU thread; 0 uses the model's device.
         save_dtype: of the weights that are saved at the end.
@@ -89,43 +131,78 @@ class Recipe:
     """
 
     output_dir: str
-    train: Source
+    train: list[Source]
     stages: list[Stage]
     model: dict = field(default_factory=dict)
     processor: dict = field(default_factory=dict)
     init_from: str | None = None
     validation: Source | None = None
+    max_seconds: float | None = None
+    spec_augment: dict | None = None
+    generation: dict = field(default_factory=dict)
+    load: dict = field(default_factory=dict)
     cache_encoder_tokens: bool = False
     preprocessing_num_workers: int = 0
     save_dtype: str = "float32"
     seed: int = 42
 
+    def config(self) -> LambConfig:
+        """
+        The model's configuration.
+
+        Raises:
+            ValueError: when `init_from` is of another architecture than `model` says.
+        """
+        _check_names("model", self.model, LambConfig)
+        if self.init_from is None:
+            return LambConfig.from_backbones(**self.model | {"audio_model_id": self._audio_model_id()})
+        config = LambConfig.from_pretrained(self.init_from)
+        for name, value in self.model.items():
+            if name in CHANGEABLE:
+                setattr(config, name, value)
+            elif getattr(config, name) != value:
+                raise ValueError(
+                    f"{self.init_from} has {name}={getattr(config, name)!r}, the recipe {value!r}: what was trained with "
+                    "one cannot go on with the other. Remove it from the recipe's model, or init_from."
+                )
+        return config
+
     def build(self) -> tuple[LambForAudioCaptioning, LambProcessor]:
-        """The model and processor to train."""
+        """The model and processor to train. What trains is float32, whatever `load.dtype` the rest has."""
+        config = self.config()
+        load = dict(self.load)
+        if isinstance(settings := load.get("quantization_config"), dict):
+            load["quantization_config"] = AutoQuantizationConfig.from_dict(settings)
         if self.init_from is not None:
-            model = LambForAudioCaptioning.from_pretrained(self.init_from)
-            for name, value in self.model.items():
-                setattr(model.config, name, value)
-            return model, LambProcessor.from_pretrained(self.init_from)
-        settings = dict(self.model)
-        own_encoder = settings.get("audio_model_id") == "yamnet"
-        if own_encoder:
-            settings["audio_model_id"] = str(yamnet_folder())
-        _check_names("model", settings, LambConfig)
-        audio_id, text_id = settings["audio_model_id"], settings["text_model_id"]
+            processor = LambProcessor.from_pretrained(self.init_from)
+            model = LambForAudioCaptioning.from_pretrained(self.init_from, config=config, **load)
+        else:
+            processor = self._processor(config)
+            config.audio_token_id = processor.audio_token_id
+            model = LambForAudioCaptioning.from_backbones(config, **load)
+            if (
+                self.model["audio_model_id"] == "yamnet"
+            ):  # no hub serves it: its 3 million weights travel in the checkpoint
+                model.config.audio_model_id = None
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # an update of 3e-6 is lost in bfloat16's rounding
+                parameter.data = parameter.data.float()
+        return model, processor
+
+    def _processor(self, config: LambConfig) -> LambProcessor:
+        audio_id = self._audio_model_id()
         extractor = (
-            AutoFeatureExtractor.from_pretrained(audio_id)
-            if own_encoder or Path(audio_id, "preprocessor_config.json").is_file()
+            AutoFeatureExtractor.from_pretrained(audio_id, revision=config.audio_model_revision)
+            if config.audio_config.model_type != "ced"  # type: ignore[union-attr]
             else LambFeatureExtractor()
         )
-        tokens = settings.get("num_audio_tokens", LambConfig.num_audio_tokens)
-        tokenizer = AutoTokenizer.from_pretrained(resolve_backbone(text_id))
-        processor = LambProcessor(extractor, tokenizer, num_audio_tokens=tokens, **self.processor)
-        config = LambConfig.from_backbones(**settings, audio_token_id=processor.audio_token_id)
-        model = LambForAudioCaptioning.from_backbones(config)
-        if own_encoder:  # no hub serves this encoder: its 3 million weights travel in the checkpoint
-            model.config.audio_model_id = None
-        return model, processor
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve_backbone(self.model["text_model_id"]), revision=config.text_model_revision
+        )
+        return LambProcessor(extractor, tokenizer, num_audio_tokens=config.num_audio_tokens, **self.processor)
+
+    def _audio_model_id(self) -> str:
+        return str(yamnet_folder()) if self.model["audio_model_id"] == "yamnet" else self.model["audio_model_id"]
 
     def token_cache(self) -> Path:
         return cache_folder() / "encoder-tokens"
@@ -135,20 +212,27 @@ def load_recipe(file: str | Path, overrides: dict[str, Any] | None = None) -> Re
     """
     A recipe file, with `overrides` of dotted names (`{"stages.0.training.max_steps": 100}`) laid over it.
 
+    `base` names another recipe, from the file's folder, whose values hold where the file gives none. `data_root` is put
+    in wherever a text says `{data_root}`.
+
     Raises:
         ValueError: on a key that no recipe has, suggesting the nearest; on a missing one.
     """
-    data = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    data = _read(Path(file))
     for name, value in (overrides or {}).items():
         _set(data, name.split("."), value, name)
+    root = data.pop("data_root", None)
+    data = _put_in(data, root)
     _check_names("recipe", data, Recipe)
-    missing = [f.name for f in dataclasses.fields(Recipe) if f.default is f.default_factory and f.name not in data]
+    missing = [name for name in ("output_dir", "train", "stages") if name not in data]
     if missing:
         raise ValueError(f"{file} lacks {', '.join(missing)}.")
-    for name in ("train", "validation"):
-        if data.get(name) is not None:
-            _check_names(name, data[name], Source)
-            data[name] = Source(**data[name])
+    sources = data["train"] if isinstance(data["train"], list) else [data["train"]]
+    for source in [*sources, data.get("validation") or {}]:
+        _check_names("a source", source, Source)
+    data["train"] = [Source(**source) for source in sources]
+    if data.get("validation") is not None:
+        data["validation"] = Source(**data["validation"])
     stages = []
     for stage in data["stages"]:
         _check_names("stages", stage, Stage)
@@ -156,6 +240,40 @@ def load_recipe(file: str | Path, overrides: dict[str, Any] | None = None) -> Re
         _check_names("model", stage.get("model", {}), LambConfig)
         stages.append(Stage(**stage))
     return Recipe(**data | {"stages": stages})
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise ValueError(f"There is no recipe {file}.")
+    data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    base = data.pop("base", None)
+    return data if base is None else _merge(_read(file.parent / base), data)
+
+
+def _merge(base: Any, over: Any) -> Any:
+    """`over` laid over `base`: mappings key by key, stages one by one, anything else as a whole."""
+    if isinstance(base, dict) and isinstance(over, dict):
+        merged = dict(base)
+        for key, value in over.items():
+            if key == "stages":
+                value = [_merge(old, new) for old, new in zip(base.get(key) or value, value, strict=True)]
+            elif key in base and key not in ("train", "validation"):
+                value = _merge(base[key], value)
+            merged[key] = value
+        return merged
+    return over
+
+
+def _put_in(data: Any, root: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _put_in(value, root) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_put_in(value, root) for value in data]
+    if isinstance(data, str) and "{data_root}" in data:
+        if root is None:
+            raise ValueError(f"The recipe reads {data}: say where the data lie, --data_root FOLDER.")
+        return data.replace("{data_root}", str(root))
+    return data
 
 
 def _set(data: Any, path: list[str], value: Any, name: str) -> None:

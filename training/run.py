@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,9 @@ from transformers.utils import logging
 
 from modeling_lamb import LambForAudioCaptioning, LambProcessor
 
-from .data import CaptionCollator, EncodedClips, OneRowPerCaption, WaveformClips
+from .data import CaptionCollator, EncodedClips, JoinedRows, OneRowPerCaption, WaveformClips
+from .memory import GIB, estimate_memory
+from .readers import caption_counts
 from .recipe import Recipe, Source, Stage
 from .trainer import LambTrainer
 
@@ -27,22 +31,39 @@ logger = logging.get_logger(__name__)
 
 def encode_sources(
     recipe: Recipe, model: LambForAudioCaptioning, processor: LambProcessor
-) -> tuple[Dataset, Dataset | None]:
+) -> tuple[Dataset, OneRowPerCaption | None]:
     """The training and validation rows, one a caption."""
-    train = _rows(recipe, recipe.train, model, processor)
-    return train, None if recipe.validation is None else _rows(recipe, recipe.validation, model, processor)
+    train = [_rows(recipe, source, model, processor, True) for source in recipe.train]
+    if recipe.validation is None:
+        return (train[0] if len(train) == 1 else JoinedRows(train)), None
+    if re.search(r"test|evaluation", str(recipe.validation), re.IGNORECASE):
+        logger.warning(f"{recipe.validation} looks like a test set: a checkpoint chosen on it has no test score.")
+    return (train[0] if len(train) == 1 else JoinedRows(train)), _rows(
+        recipe, recipe.validation, model, processor, False
+    )
 
 
-def _rows(recipe: Recipe, source: Source, model: LambForAudioCaptioning, processor: LambProcessor) -> Dataset:
+def _rows(
+    recipe: Recipe, source: Source, model: LambForAudioCaptioning, processor: LambProcessor, random_crop: bool
+) -> OneRowPerCaption:
     clips, name = source.read()
     if not recipe.cache_encoder_tokens:
-        waveforms = WaveformClips(clips, processor.feature_extractor.sampling_rate)
-        return OneRowPerCaption(waveforms, [len(clip.captions) for clip in clips])
+        rate = processor.feature_extractor.sampling_rate
+        waveforms = WaveformClips(clips, rate, recipe.max_seconds, random_crop)
+        return OneRowPerCaption(waveforms, caption_counts(clips))
     if not model.config.freeze_audio_encoder or model.config.audio_peft_config is not None:
         raise ValueError(
             "cache_encoder_tokens needs a frozen encoder: set freeze_audio_encoder and no audio_peft_config."
         )
-    encoded = EncodedClips(clips, processor, model.eval(), recipe.token_cache(), name, recipe.preprocessing_num_workers)
+    encoded = EncodedClips(
+        clips,
+        processor,
+        model.eval(),
+        recipe.token_cache(),
+        name,
+        recipe.preprocessing_num_workers,
+        recipe.max_seconds,
+    )
     return OneRowPerCaption(encoded, [len(item["captions"]) for item in encoded.items])
 
 
@@ -51,7 +72,7 @@ def run_stages(
     model: LambForAudioCaptioning,
     processor: LambProcessor,
     train: Dataset,
-    validation: Dataset | None,
+    validation: OneRowPerCaption | None,
 ) -> None:
     """Trains stage after stage; one that was finished before is read back, one that was interrupted goes on."""
     _describe(recipe, model)
@@ -79,13 +100,14 @@ def _trainer(
     model: LambForAudioCaptioning,
     processor: LambProcessor,
     train: Dataset,
-    validation: Dataset | None,
+    validation: OneRowPerCaption | None,
 ) -> LambTrainer:
     settings: dict[str, Any] = {
         "seed": recipe.seed,
         "remove_unused_columns": False,
         "report_to": "none",
         "label_names": ["labels"],
+        "prediction_loss_only": True,
     }
     settings |= stage.training
     if validation is None:
@@ -95,10 +117,59 @@ def _trainer(
         args=TrainingArguments(output_dir=str(folder), **settings),
         train_dataset=train,
         eval_dataset=validation,
-        data_collator=CaptionCollator(processor),
+        data_collator=CaptionCollator(processor, recipe.spec_augment),
+        processing_class=processor,
+        caption_dataset=None if validation is None else validation.clips,
+        generation=recipe.generation,
         alignment_only=stage.alignment_only,
-        guide_learning_rate=stage.guide_learning_rate,
+        learning_rates=stage.learning_rates,
     )
+
+
+def plan(recipe: Recipe) -> str:
+    """
+    What a recipe would do, without weights: the recipe itself, its data, parameters, steps and memory.
+
+    The memory is for clips of `max_seconds` (10 without) and 40 tokens of text. The largest batches leave a tenth of the
+    device free.
+    """
+    lines = [yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)]
+    config, ranks, rows = recipe.config(), int(os.environ.get("WORLD_SIZE", 1)), 0
+    for source in [*recipe.train, *([recipe.validation] if recipe.validation else [])]:
+        clips, name = source.read()
+        captions = len(clips) if source.soundscapes else sum(caption_counts(clips))
+        lines.append(f"{name}: {len(clips)} clips, {captions} captions")
+        rows += 0 if source is recipe.validation else captions
+    dtype = getattr(torch, str(recipe.load.get("dtype", "float32")))
+    for stage in recipe.stages:
+        training = stage.training
+        batch = training.get("per_device_train_batch_size", 8)
+        whole = batch * training.get("gradient_accumulation_steps", 1) * ranks
+        steps = training.get("max_steps") or -(-rows // whole) * training.get("num_train_epochs", 3)
+        memory, one, two = (
+            estimate_memory(
+                config,
+                size,
+                seconds=recipe.max_seconds or 10.0,
+                dtype=dtype,
+                gradient_checkpointing=bool(training.get("gradient_checkpointing")),
+                alignment_only=stage.alignment_only,
+            )
+            for size in (batch, 1, 2)
+        )
+        trainable = ", ".join(f"{part} {count:,}" for part, count in memory.trainable.items())
+        lines.append(
+            f"stage {stage.name}: {steps} steps of {whole} clips ({batch} x {whole // batch}); trains {trainable}"
+        )
+        parts = ("frozen_weights", "trained_weights", "gradients", "optimizer", "activations", "logits")
+        lines.append("  GiB a device: " + ", ".join(f"{part} {getattr(memory, part) / GIB:.2f}" for part in parts))
+        devices = ranks if ranks > 1 else 8
+        for zero in range(4):
+            clip = two.total(zero, devices) - one.total(zero, devices)
+            rest = one.total(zero, devices) - clip
+            sizes = ", ".join(f"{max(0, int((0.9 * gpu * GIB - rest) // clip))} on {gpu} GiB" for gpu in (24, 40, 80))
+            lines.append(f"  ZeRO-{zero} on {devices}: {memory.total(zero, devices) / GIB:.2f} GiB a device; largest batch {sizes}")
+    return "\n".join(lines)
 
 
 def _describe(recipe: Recipe, model: LambForAudioCaptioning) -> None:

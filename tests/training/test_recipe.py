@@ -7,16 +7,16 @@ from training_lamb.recipe import load_recipe
 RECIPES = Path(__file__).parents[2] / "configs" / "recipes"
 
 
-@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(RECIPES.rglob("*.yaml")), ids=lambda file: file.stem)
 def test_every_recipe_is_valid(file):
-    recipe = load_recipe(file)
+    recipe = load_recipe(file, {"data_root": "data"})
     assert recipe.stages and recipe.output_dir
 
 
 def test_flags_override_by_dotted_name():
     recipe = load_recipe(RECIPES / "mini.yaml", {"stages.1.training.max_steps": 7, "train.soundscapes.clips": 9})
     assert recipe.stages[1].training["max_steps"] == 7
-    assert recipe.train.soundscapes["clips"] == 9
+    assert recipe.train[0].soundscapes["clips"] == 9
 
 
 @pytest.mark.parametrize(

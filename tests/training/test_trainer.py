@@ -51,11 +51,19 @@ def test_alignment_alone_never_runs_the_llm(processor, tmp_path):
     assert "decoder_loss" not in trainer.state.log_history[0]
 
 
-def test_beta_has_its_own_rate_and_no_decay(processor, tmp_path):
-    trainer = train(processor, tmp_path, trainer_settings={"guide_learning_rate": 0.5}, weight_decay=0.1)
-    beta = trainer.model.token_guide.beta
-    (group,) = [g for g in trainer.optimizer.param_groups if any(p is beta for p in g["params"])]
-    assert group["initial_lr"] == 0.5 and group["weight_decay"] == 0 and len(group["params"]) == 1
+def test_parts_have_their_own_rates_and_beta_no_decay(processor, tmp_path):
+    rates = {"token_guide.beta": 0.5, "adapter.": 0.25}
+    trainer = train(processor, tmp_path, trainer_settings={"learning_rates": rates}, weight_decay=0.1)
+    found = {id(p): group for group in trainer.optimizer.param_groups for p in group["params"]}
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            group = found.pop(id(parameter))
+            part = name.split(".")[0]
+            assert group["initial_lr"] == {"token_guide": 0.5, "adapter": 0.25}.get(part, 1e-3), name
+            assert group["weight_decay"] == (0 if parameter.dim() < 2 else 0.1), name
+    assert not found
+    with pytest.raises(ValueError, match="'adaptor'"):
+        train(processor, tmp_path, trainer_settings={"learning_rates": {"adaptor": 0.1}})
 
 
 def test_accumulation_does_not_change_the_weight_of_the_sums_over_tokens(processor, tmp_path):

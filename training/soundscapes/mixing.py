@@ -147,6 +147,9 @@ class SoundscapeCorpus:
             samples = _recording(take.package, take.path)
             if len(samples) > longest:
                 start = int(draw.integers(len(samples) - longest))
+                peak = int(np.abs(samples).argmax())
+                if np.abs(samples[start : start + longest]).max() < 0.1 * np.abs(samples[peak]):  # between two sounds
+                    start = int(np.clip(peak - longest // 2, 0, len(samples) - longest))
                 samples = samples[start : start + longest]
             if pieces and sum(map(len, pieces)) + len(samples) > longest:
                 break
