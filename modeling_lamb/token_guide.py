@@ -64,7 +64,8 @@ class TokenGuide(nn.Module):
     def __init__(self, config: LambConfig) -> None:
         super().__init__()
         self.metric = config.guide_metric
-        self.beta = nn.Parameter(torch.tensor(float(config.guide_weight_init)))
+        # one element and not a scalar: DeepSpeed and FSDP cannot send or shard a parameter without dimensions
+        self.beta = nn.Parameter(torch.tensor([float(config.guide_weight_init)]))
 
     def forward(self, audio_embeds: Tensor, token_embeddings: Tensor) -> Tensor | None:
         """Guide scores `(batch, vocab_size)` of z_a `(batch, num_audio_tokens, D)`; None where the guide is off."""

@@ -97,6 +97,9 @@ class EncodedClips(Dataset):
                 f"None of the {len(clips)} clips of {name} could be read: {json.dumps(self.skipped)[:500]}"
             )
 
+    def clip_name(self, number: int) -> str:
+        return self.items[number]["id"]
+
     def __len__(self) -> int:
         return len(self.items)
 
@@ -167,6 +170,9 @@ class WaveformClips(Dataset):
         self.max_length = None if max_seconds is None else round(max_seconds * sampling_rate)
         self.skipped: dict[str, str] = {}
 
+    def clip_name(self, number: int) -> str:
+        return self.clips[number].id
+
     def __len__(self) -> int:
         return len(self.clips)
 
@@ -189,21 +195,16 @@ class WaveformClips(Dataset):
         raise ValueError(f"None of the {len(self.clips)} clips could be read.")
 
 
-class JoinedRows(ConcatDataset):
-    """Rows of several sources, with clip numbers that stay apart."""
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        item = super().__getitem__(number)
-        part = bisect_right(self.cumulative_sizes, number)
-        return item | {"clip": item["clip"] + (self.cumulative_sizes[part - 1] if part else 0)}
-
-
 class OneRowPerCaption(Dataset):
     """Every caption of a clip as a row of its own, as the peers train."""
 
-    def __init__(self, clips: Dataset, captions_per_clip: Iterable[int]) -> None:
+    def __init__(self, clips: EncodedClips | WaveformClips, captions_per_clip: Iterable[int]) -> None:
         self.clips = clips
         self.rows = [(clip, caption) for clip, count in enumerate(captions_per_clip) for caption in range(count)]
+
+    def clip_name(self, number: int) -> str:
+        """The id of the clip that a row calls by `number`."""
+        return self.clips.clip_name(number)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -213,6 +214,21 @@ class OneRowPerCaption(Dataset):
         item = dict(self.clips[clip])
         captions = item.pop("captions")
         return item | {"caption": captions[min(caption, len(captions) - 1)]}
+
+
+class JoinedRows(ConcatDataset):
+    """Rows of several sources, with clip numbers that stay apart."""
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        item = super().__getitem__(number)
+        part = bisect_right(self.cumulative_sizes, number)
+        return item | {"clip": item["clip"] + (self.cumulative_sizes[part - 1] if part else 0)}
+
+    def clip_name(self, number: int) -> str:
+        """As of [`OneRowPerCaption`]."""
+        part = bisect_right(self.cumulative_sizes, number)
+        rows: Any = self.datasets[part]
+        return rows.clip_name(number - (self.cumulative_sizes[part - 1] if part else 0))
 
 
 @dataclass

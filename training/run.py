@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from modeling_lamb import LambForAudioCaptioning, LambProcessor
@@ -87,10 +87,28 @@ def run_stages(
             model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
             continue
         trainer = _trainer(recipe, stage, folder, model, processor, train, validation)
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+        trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
         trainer.save_model()
         trainer.save_state()
         (folder / "finished").touch()
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end: the Trainer's state comes last, and a full disk may prevent it."""
+    found = {
+        int(path.parent.name.split("-")[-1]): path.parent
+        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")
+    }
+    whole = {step: path for step, path in found.items() if _is_json(path / "trainer_state.json")}
+    return str(whole[max(whole)]) if whole else None
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
 
 
 def _trainer(
@@ -168,7 +186,9 @@ def plan(recipe: Recipe) -> str:
             clip = two.total(zero, devices) - one.total(zero, devices)
             rest = one.total(zero, devices) - clip
             sizes = ", ".join(f"{max(0, int((0.9 * gpu * GIB - rest) // clip))} on {gpu} GiB" for gpu in (24, 40, 80))
-            lines.append(f"  ZeRO-{zero} on {devices}: {memory.total(zero, devices) / GIB:.2f} GiB a device; largest batch {sizes}")
+            lines.append(
+                f"  ZeRO-{zero} on {devices}: {memory.total(zero, devices) / GIB:.2f} GiB a device; largest batch {sizes}"
+            )
     return "\n".join(lines)
 
 
@@ -196,7 +216,7 @@ def save_result(recipe: Recipe, model: LambForAudioCaptioning, processor: LambPr
     """The model in `save_dtype`, its processor and its code, in the run's folder."""
     dtype = getattr(torch, recipe.save_dtype)
     weights = {
-        name: value.to(dtype) if value.is_floating_point() and value.dim() else value
+        name: value.to(dtype) if value.is_floating_point() and value.numel() > 1 else value
         for name, value in model.state_dict().items()
     }
     model.save_pretrained(recipe.output_dir, state_dict=weights)

@@ -73,6 +73,8 @@ class LambTrainer(Trainer):
         elif num_items_in_batch is not None:
             loss = loss * ranks
         if model.training:
+            if not loss.isfinite():
+                raise ValueError(self._where_it_broke(outputs, inputs.get("clip_ids")))
             for name in LOGGED:
                 if (value := getattr(outputs, name)) is not None:
                     if name in ("decoder_loss", "guided_loss") and num_items_in_batch is not None:
@@ -80,6 +82,16 @@ class LambTrainer(Trainer):
                     self._sums[name] += value.detach().float()
                     self._counts[name] += 1
         return (loss, outputs) if return_outputs else loss
+
+    def _where_it_broke(self, outputs: Any, clip_ids: Tensor | None) -> str:
+        terms = [name for name in LOGGED if (value := getattr(outputs, name)) is not None and not value.isfinite()]
+        numbers = [] if clip_ids is None else clip_ids.tolist()
+        name_of = getattr(self.train_dataset, "clip_name", str)
+        names = [name_of(number) for number in numbers]
+        return (
+            f"The loss of step {self.state.global_step + 1} is not finite: {', '.join(terms) or 'the logits'}, on the clips "
+            f"{', '.join(names)}. Look at these clips; else lower the learning rate, or train in bfloat16 instead of float16."
+        )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._sums:

@@ -4,7 +4,7 @@ import soundfile
 import torch
 from conftest import noise, write_table
 from training_lamb import data
-from training_lamb.data import CaptionCollator, EncodedClips, OneRowPerCaption, WaveformClips
+from training_lamb.data import CaptionCollator, EncodedClips, JoinedRows, OneRowPerCaption, WaveformClips
 from training_lamb.readers import Clip, read_table
 
 
@@ -53,3 +53,35 @@ def test_a_bad_file_is_replaced_and_named(folder):
     waves = WaveformClips(clips, 16000)
     assert waves[0]["id"] == "0.wav"
     assert set(waves.skipped) == {"gone"}
+
+
+def test_long_clips_are_cropped_at_random_in_training_and_alike_in_evaluation(folder):
+    clips = read_table(folder)[0]  # 0.5, 1.0 and 1.5 s
+    training = WaveformClips(clips, 16000, max_seconds=0.75, random_crop=True)
+    evaluation = WaveformClips(clips, 16000, max_seconds=0.75)
+    assert [len(training[n]["audio"]) for n in range(3)] == [8000, 12000, 12000]
+    assert not np.array_equal(training[2]["audio"], training[2]["audio"])
+    assert np.array_equal(evaluation[2]["audio"], WaveformClips(clips, 16000)[2]["audio"][:12000])
+
+
+def test_cached_tokens_say_how_many_clips_they_cut(folder, model, processor, tmp_path):
+    encoded = EncodedClips(read_table(folder)[0], processor, model, tmp_path / "cache", "clips", max_seconds=0.75)
+    assert encoded.cut == 2
+
+
+def test_sources_are_joined_with_clip_numbers_apart(folder):
+    parts = [OneRowPerCaption(WaveformClips(read_table(folder)[0], 16000), [1, 1, 1]) for _ in range(2)]
+    joined = JoinedRows(parts)
+    assert [joined[n]["clip"] for n in range(6)] == list(range(6))
+    assert joined.clip_name(4) == "1.wav"
+
+
+def test_spec_augment_masks_training_clips_alone(folder, processor):
+    clips = read_table(folder)[0]
+    plain = CaptionCollator(processor)
+    masked = CaptionCollator(processor, {"time": 20, "frequency": 8, "count": 2})
+    for random_crop in (True, False):
+        rows = OneRowPerCaption(WaveformClips(clips, 16000, random_crop=random_crop), [1, 1, 1])
+        batch = [rows[n] for n in range(3)]
+        same = torch.equal(plain(batch)["input_features"], masked(batch)["input_features"])
+        assert same is not random_crop

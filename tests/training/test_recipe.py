@@ -1,8 +1,15 @@
+import json
 from pathlib import Path
 
 import pytest
+import soundfile
 import yaml
+from conftest import noise, write_table
 from training_lamb.recipe import load_recipe
+from training_lamb.run import last_whole_checkpoint, plan
+
+import train
+from modeling_lamb import LambForAudioCaptioning
 
 RECIPES = Path(__file__).parents[2] / "configs" / "recipes"
 
@@ -36,3 +43,66 @@ def test_a_recipe_without_stages_is_refused(tmp_path):
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({"output_dir": "x", "train": {"folder": "y"}}))
     with pytest.raises(ValueError, match="lacks stages"):
         load_recipe(tmp_path / "r.yaml")
+
+
+def test_a_recipe_lies_over_its_base(tmp_path):
+    recipe = load_recipe(RECIPES / "audiocaps.yaml", {"data_root": "/data"})
+    assert recipe.stages[0].training["learning_rate"] == 3e-6 and recipe.stages[0].training["num_train_epochs"] == 30
+    assert len(recipe.train) == 1 and recipe.train[0].audiocaps["table"] == "/data/audiocaps/train.csv"
+    with pytest.raises(ValueError, match="--data_root"):
+        load_recipe(RECIPES / "audiocaps.yaml")
+    ablation = load_recipe(RECIPES / "ablations" / "table3_l1.yaml", {"data_root": "/data"})
+    assert ablation.model["guide_metric"] == "l1" and ablation.model["audio_model_id"] == "mispeech/ced-base"
+
+
+@pytest.fixture
+def checkpoint(model, processor, tmp_path):
+    model.save_pretrained(tmp_path / "checkpoint")
+    processor.save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+@pytest.fixture
+def recipe(checkpoint, tmp_path):
+    soundfile.write(tmp_path / "a.wav", noise(1.0), 16000)
+    write_table(tmp_path / "metadata.csv", [("a.wav", "A dog barks."), ("a.wav", "Rain falls.")])
+    data = {
+        "output_dir": str(tmp_path / "run"),
+        "init_from": str(checkpoint),
+        "train": {"folder": str(tmp_path)},
+        "validation": {"folder": str(tmp_path)},
+        "generation": {"max_new_tokens": 3},
+        "stages": [{"name": "all", "training": {"max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True}}],
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data))
+    return tmp_path / "recipe.yaml"
+
+
+def test_the_plan_names_data_parameters_steps_and_memory(recipe):
+    text = plan(load_recipe(recipe))
+    assert "1 clips, 2 captions" in text and "2 steps of 2 clips" in text
+    assert "trains lora" in text and "ZeRO-3 on 8" in text and "on 24 GiB" in text
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(recipe):
+    with pytest.raises(ValueError, match="num_audio_tokens=4, the recipe 8"):
+        load_recipe(recipe, {"model.num_audio_tokens": 8}).build()
+    assert load_recipe(recipe, {"model.guide_metric": "l1"}).build()[0].config.guide_metric == "l1"
+
+
+def test_train_py_trains_scores_and_goes_on(recipe, tmp_path):
+    flags = ["--stages.0.training.eval_strategy", "epoch", "--stages.0.training.report_to", "none"]
+    train.main([str(recipe), *flags])
+    state = json.loads((tmp_path / "run" / "all" / "trainer_state.json").read_text())
+    assert any("eval_cider_d" in entry for entry in state["log_history"])
+    assert LambForAudioCaptioning.from_pretrained(tmp_path / "run").config.num_audio_tokens == 4
+    train.main([str(recipe), *flags])  # finished: nothing is trained again
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+    for step, text in ((10, "{}"), (20, ""), (30, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if text is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert last_whole_checkpoint(tmp_path / "nowhere") is None

@@ -12,6 +12,13 @@ def rows(count=8):
     return [{"audio": noise(0.5, i), "caption": CAPTIONS[i % 4], "clip": i} for i in range(count)]
 
 
+class Clips(list):
+    """Clips of which each has one caption, as a data set of rows and of clips."""
+
+    def clip_name(self, number):
+        return f"clip {number}.wav"
+
+
 def train(processor, tmp_path, model=None, trainer_settings=None, **settings):
     model = model or randomized(LambForAudioCaptioning(tiny_config()))
     settings = {"per_device_train_batch_size": 8, "max_steps": 1, "logging_steps": 1, "learning_rate": 1e-3} | settings
@@ -26,7 +33,7 @@ def train(processor, tmp_path, model=None, trainer_settings=None, **settings):
     trainer = LambTrainer(
         model=model,
         args=arguments,
-        train_dataset=rows(),
+        train_dataset=Clips(rows()),
         data_collator=CaptionCollator(processor),
         **(trainer_settings or {}),
     )
@@ -76,3 +83,34 @@ def test_accumulation_does_not_change_the_weight_of_the_sums_over_tokens(process
         trainer = train(processor, tmp_path, model, learning_rate=0.0, lr_scheduler_type="constant", **settings)
         grads.append(float(trainer.state.log_history[0]["grad_norm"]))
     assert grads[0] == pytest.approx(grads[1], rel=1e-4)
+
+
+def test_evaluation_captions_every_clip_and_the_best_checkpoint_is_chosen_by_a_metric(processor, tmp_path):
+    clips = [{"audio": noise(0.5, i), "captions": [CAPTIONS[i], CAPTIONS[0]]} for i in range(3)]
+    settings = {"caption_dataset": clips, "generation": {"max_new_tokens": 3}, "processing_class": processor}
+    model = randomized(LambForAudioCaptioning(tiny_config()))
+    evaluation = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_steps": 1,
+        "max_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "rouge_l",
+        "greater_is_better": True,
+        "prediction_loss_only": True,
+    }
+    trainer = train(processor, tmp_path, model, settings | {"eval_dataset": rows()}, **evaluation)
+    logged = [entry for entry in trainer.state.log_history if "eval_rouge_l" in entry]
+    assert [entry["step"] for entry in logged] == [1, 2]
+    assert trainer.state.best_metric == max(entry["eval_rouge_l"] for entry in logged)
+    assert {"eval_cider_d", "eval_bleu_4", "eval_vocabulary"} <= set(logged[0])
+    singly = [trainer.caption([clip])[0] for clip in clips]
+    assert trainer.caption(clips) == singly
+
+
+def test_a_loss_that_is_not_finite_names_step_term_and_clips(processor, tmp_path):
+    model = randomized(LambForAudioCaptioning(tiny_config()))
+    with torch.no_grad():
+        model.token_guide.beta.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"step 1 .*guided_loss, on the clips .*clip 7\.wav"):
+        train(processor, tmp_path, model)
