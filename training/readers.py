@@ -179,7 +179,7 @@ def read_hub(
     name: str | None = None,
     revision: str | None = None,
     audio: str = "audio",
-    captions: str | Sequence[str] = "caption",
+    captions: str | Sequence[str] | None = None,
     id: str | None = None,
     streaming: bool = False,
     source: str | None = None,
@@ -189,15 +189,18 @@ def read_hub(
 
     Args:
         path, split, name, revision, streaming: as of `datasets.load_dataset`.
-        audio, captions, id: its columns. `captions` may be one column (text, or lists of text) or several.
+        audio, captions, id: its columns. `captions` may be one column (text, or lists of text) or several; None takes
+            `captions` or `caption`. Without `id`, the column of that name or else the row's number.
         source: None takes `path`.
 
     Raises:
         ValueError: when a column is missing; it lists those that there are.
     """
     data = datasets.load_dataset(path, name=name, split=split, revision=revision, streaming=streaming)
-    columns = [captions] if isinstance(captions, str) else list(captions)
     there = data.column_names or list(next(iter(data)))
+    captions = captions or ("captions" if "captions" in there else "caption")
+    columns = [captions] if isinstance(captions, str) else list(captions)
+    id = id or ("id" if "id" in there else None)
     if missing := [column for column in (audio, *columns, *([id] if id else [])) if column not in there]:
         raise ValueError(f"{path} has the columns {there}, not {missing}: name them by audio, captions and id.")
     if isinstance((data.features or {}).get(audio), datasets.Audio):
@@ -213,7 +216,7 @@ def read_hub(
             "id": str(item[id]) if id else f"{number:08d}",
             "audio": {"path": item[audio].get("path"), "bytes": item[audio].get("bytes")},
             "captions": [" ".join(text.split()) for text in texts if text and text.strip()],
-            "source": source or path,
+            "source": source or item.get("source") or path,
             "seconds": item.get("seconds"),
         }
 

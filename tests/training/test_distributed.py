@@ -123,6 +123,7 @@ def test_deepspeed_trains_as_ddp_does_and_goes_on(tmp_path, stage):
         "learning_rate": 1e-3,
         "optim": "adamw_torch",
         "save_steps": 2,
+        "lr_scheduler_type": "constant",
         "save": True,
     }
     ((plain, log),) = finish(settings(tmp_path / "ddp", 2, 16, max_steps=4, **common))
