@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from processing_lamb import LambFeatureExtractor
@@ -19,7 +19,7 @@ from modeling_lamb import LambConfig, LambForAudioCaptioning, LambProcessor
 from modeling_lamb.packaged_backbone import cache_folder, resolve_backbone
 
 from .convert_yamnet import yamnet_folder
-from .readers import READERS, Clip, HubClips, read_hub
+from .readers import READERS, Clip, DataReport, HubClips, read_hub
 
 logger = logging.get_logger(__name__)
 # Fields of LambConfig that may differ from those of the checkpoint that a recipe goes on from
@@ -48,10 +48,11 @@ class Source:
     wavcaps: dict | None = None
     hub: dict | None = None
     soundscapes: dict | None = None
+    report: ClassVar[DataReport | None] = None
 
     def read(self) -> tuple[Sequence[Clip], str]:
         """
-        The clips, and a name that changes when they do.
+        The clips, and a name that changes when they do; `report` then tells what was left out.
 
         Raises:
             ValueError: when none or several of the fields are given, or from the reader.
@@ -72,6 +73,7 @@ class Source:
             kind, settings = "table", {"table": settings}
         clips, report = READERS[kind](**settings)
         logger.warning(str(report))
+        self.report = report
         content = hashlib.sha256(json.dumps([(clip.audio, clip.captions) for clip in clips]).encode())
         return clips, f"{report.source}-{content.hexdigest()[:8]}"
 
@@ -127,6 +129,8 @@ class Recipe:
         preprocessing_num_workers: processes that fill that cache, each on one CPU thread; 0 uses the model's device.
         save_dtype: of the weights that are saved at the end.
         stages: one after the other.
+        card: what the model card says beyond what is measured: `license`, `summary`, `limits`, `licences` (pairs of what
+            and licence), `test_set`, `base_model`, `datasets`, `audio_model`, `text_model`.
         seed: of everything.
     """
 
@@ -144,6 +148,7 @@ class Recipe:
     cache_encoder_tokens: bool = False
     preprocessing_num_workers: int = 0
     save_dtype: str = "float32"
+    card: dict = field(default_factory=dict)
     seed: int = 42
 
     def config(self) -> LambConfig:

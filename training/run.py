@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from accelerate import PartialState
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -47,6 +50,7 @@ def _rows(
     recipe: Recipe, source: Source, model: LambForAudioCaptioning, processor: LambProcessor, random_crop: bool
 ) -> OneRowPerCaption:
     clips, name = source.read()
+    _note_data(Path(recipe.output_dir), name, len(clips), source)
     if not recipe.cache_encoder_tokens:
         rate = processor.feature_extractor.sampling_rate
         waveforms = WaveformClips(clips, rate, recipe.max_seconds, random_crop)
@@ -65,6 +69,16 @@ def _rows(
         recipe.max_seconds,
     )
     return OneRowPerCaption(encoded, [len(item["captions"]) for item in encoded.items])
+
+
+def _note_data(folder: Path, name: str, clips: int, source: Source) -> None:
+    """Keeps in `data.json` how many clips of each source are used, and how many are not and why."""
+    file = folder / "data.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    noted = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    left_out = {} if source.report is None else {why: len(ids) for why, ids in source.report.left_out.items()}
+    noted = [entry for entry in noted if entry["name"] != name] + [{"name": name, "clips": clips, "left_out": left_out}]
+    file.write_text(json.dumps(noted, indent=2), encoding="utf-8")
 
 
 def run_stages(
@@ -202,6 +216,9 @@ def _describe(recipe: Recipe, model: LambForAudioCaptioning) -> None:
     }
     environment = {
         "commit": commit or None,
+        "hardware": f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+        if torch.cuda.is_available()
+        else f"{os.cpu_count()} CPU cores",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -213,7 +230,14 @@ def _describe(recipe: Recipe, model: LambForAudioCaptioning) -> None:
 
 
 def save_result(recipe: Recipe, model: LambForAudioCaptioning, processor: LambProcessor) -> None:
-    """The model in `save_dtype`, its processor and its code, in the run's folder."""
+    """The model in `save_dtype`, its processor and its code, in the run's folder; one process writes."""
+    if not PartialState().is_main_process:
+        return
+    if is_deepspeed_zero3_enabled():  # the model holds shards; the last stage's folder, the whole
+        for file in (Path(recipe.output_dir) / recipe.stages[-1].name).iterdir():
+            if file.is_file() and file.suffix in (".safetensors", ".json", ".py"):
+                shutil.copy(file, recipe.output_dir)
+        return
     dtype = getattr(torch, recipe.save_dtype)
     weights = {
         name: value.to(dtype) if value.is_floating_point() and value.numel() > 1 else value

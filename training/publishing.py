@@ -1,0 +1,274 @@
+"""From a run's folder to a repository that a stranger loads: files, checks and the card, rendered from what was measured."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import safe_open
+
+from modeling_lamb import AudioCaptioningPipeline, LambConfig, LambForAudioCaptioning, LambProcessor
+
+TEMPLATE = Path(__file__).resolve().parents[1] / "model_card.md"
+NEEDED = (
+    "config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "README.md",
+    "configuration_lamb.py",
+    "modeling_lamb.py",
+)
+GATED = re.compile(r"meta-llama/|google/gemma|mistralai/", re.IGNORECASE)
+METRICS = {
+    "cider_d": "CIDEr-D",
+    "meteor": "METEOR",
+    "spice": "SPICE",
+    "spider": "SPIDEr",
+    "spider_fl": "SPIDEr-FL",
+    "fense": "FENSE",
+    "rouge_l": "ROUGE-L",
+    "bleu_4": "BLEU-4",
+    "single_accuracy": "class named, single events",
+    "event_f1": "event F1, mixtures",
+    "order": "right order, sequences with both events named",
+}
+CONTROL_COLUMNS = ("single_accuracy", "event_f1", "cider_d", "meteor")
+PAPER = (("METEOR", 27.1), ("CIDEr-D", 91.1), ("SPICE", 19.7), ("SPIDEr", 55.4), ("SPIDEr-FL", 55.3), ("FENSE", 67.7))
+
+
+def build_repository(run: str | Path, out: str | Path, repo_id: str, merge: bool = False) -> Path:
+    """
+    The exact repository of a run: weights, processor, code, recipe, scores and card.
+
+    Args:
+        run: the `output_dir` of a recipe; `scores/scores.json` in it is what `score.py` wrote.
+        out: the folder to fill.
+        repo_id: `organisation/name`, for the card's quick start.
+        merge: fold LoRA into the backbones and save everything, instead of a small checkpoint.
+    """
+    run, out = Path(run), Path(out)
+    model, processor = LambForAudioCaptioning.from_pretrained(run, dtype="auto"), LambProcessor.from_pretrained(run)
+    if merge:
+        model.merge_adapters()
+    model.save_pretrained(out, save_backbones=merge or None, max_shard_size="5GB")
+    processor.save_pretrained(out)
+    for name in ("recipe.yaml", "environment.json", "data.json", "scores/scores.json"):
+        if (run / name).is_file():
+            (out / Path(name).name).write_bytes((run / name).read_bytes())
+    render_card(run, repo_id).save(out / "README.md")
+    return out
+
+
+def problems(folder: str | Path) -> list[str]:
+    """Why a repository's folder must not be sent, a sentence each; empty when all is well."""
+    folder = Path(folder)
+    found = [f"{name} is missing." for name in NEEDED if not (folder / name).is_file()]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        found.append("There are no weights (*.safetensors).")
+    keys: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as weights:
+            for key in weights.keys():  # noqa: SIM118 - it is no mapping
+                keys.add(key)
+                tensor = weights.get_tensor(key)
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    found.append(f"{file.name}: {key} holds NaN or infinite values.")
+    if (folder / "config.json").is_file():
+        text_model_id = str(LambConfig.from_pretrained(folder).text_model_id or "")
+        base = [key for key in keys if key.startswith("language_model.") and "lora_" not in key]
+        if base and GATED.search(text_model_id):
+            found.append(
+                f"The weights of {text_model_id}, which is gated, are in it ({base[0]}): save a small checkpoint."
+            )
+    if (folder / "adapter_config.json").is_file():
+        found.append("adapter_config.json would make the Hub load another model: remove it.")
+    if (folder / "README.md").is_file():
+        found += _card_problems(folder)
+    return found
+
+
+def _card_problems(folder: Path) -> list[str]:
+    card = ModelCard.load(folder / "README.md")
+    found = []
+    if not card.data.get("license"):
+        found.append("The card names no licence: give `card.license` in the recipe.")
+    if residue := re.search(r"\{\{|\}\}|\{%|TODO|FIXME|More Information Needed|\[\w+ here\]", card.content):
+        found.append(f"The card holds placeholder text: {residue[0]!r}.")
+    measured = json.loads((folder / "scores.json").read_text()) if (folder / "scores.json").is_file() else None
+    if card.data.eval_results and measured is None:
+        found.append("The card gives scores, but there is no scores.json that measured them.")
+    return found
+
+
+def render_card(run: str | Path, repo_id: str) -> ModelCard:
+    """The card of `model_card.md`, filled with the run's recipe, logs, environment, data and scores."""
+    run = Path(run)
+    config: Any = LambConfig.from_pretrained(run)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+    environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    said = recipe.get("card") or {}
+    scores = _json(run / "scores" / "scores.json")
+    name = repo_id.split("/")[-1]
+    data = ModelCardData(
+        language=said.get("language", "en"),
+        license=said.get("license"),
+        library_name="transformers",
+        pipeline_tag="audio-text-to-text",
+        tags=["audio-captioning", "lamb"],
+        datasets=said.get("datasets"),
+        metrics=["cider", "meteor"] if scores else None,
+        base_model=said.get("base_model"),
+        model_name=name,
+        eval_results=_eval_results(scores, said) if scores else None,
+    )
+    adapters = {"two_stream": "a Two-Stream Adapter", "linear": "a linear adapter", "qformer": "a Q-Former"}
+    sources = [
+        f"{source['name']}, {source['clips']} clips"
+        + "".join(f", {count} {reason}" for reason, count in source.get("left_out", {}).items())
+        for source in _json(run / "data.json") or []
+    ]
+    return ModelCard.from_template(
+        data,
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
+        name=name,
+        repo_id=repo_id,
+        summary=said.get("summary", "Describes what is heard in a recording."),
+        audio_model=said.get("audio_model") or config.audio_model_id or config.audio_config.model_type,
+        text_model=said.get("text_model") or config.text_model_id or config.text_config.model_type,
+        adapter=f"{adapters[config.adapter_type]} ({config.num_audio_tokens} embeddings a clip)",
+        lora=config.peft_config,
+        parameters=f"{environment['parameters']:,}",
+        trained=f"{sum(environment['trainable_parameters'].values()):,}",
+        scores=_scores(scores, said) if scores else None,
+        paper=PAPER if scores else None,
+        stages=[_stage(run / stage["name"], stage) for stage in recipe["stages"]],
+        data=sources or ["not recorded"],
+        environment=", ".join(
+            f"{key} {environment[key]}" for key in ("hardware", "python", "torch", "transformers") if key in environment
+        ),
+        limits=said.get("limits", "Not known."),
+        licences=said.get("licences", []),
+    )
+
+
+def _json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _measured(scores: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Every score with an interval, by name."""
+    both = scores["scores"] | scores.get("soundscapes", {})
+    return {name: both[name] for name in METRICS if isinstance(both.get(name), dict) and both[name]["n"]}
+
+
+def _scores(scores: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
+    controls = []
+    for name, values in scores.get("controls", {}).items():
+        cells = [f"{values[c]['value']:.3f}" if isinstance(values.get(c), dict) else "" for c in CONTROL_COLUMNS]
+        controls.append({"name": name.replace("_", " "), "cells": cells})
+    beams = scores["generation"].get("num_beams", 1)
+    decoding = "greedy decoding" if beams == 1 else f"{beams} beams"
+    return {
+        "intro": f"{said.get('test_set', 'Test split')}, {scores['clips']} clips, {decoding}; measured by `score.py`, with "
+        f"bootstrap intervals over clips. Words were split by the {'Penn Treebank' if scores['tokenizer'] == 'ptb' else 'Python'} tokenizer.",
+        "rows": [{"name": METRICS[name]} | value for name, value in _measured(scores).items()],
+        "controls": controls,
+        "columns": [METRICS[name] for name in CONTROL_COLUMNS],
+        "skipped": [METRICS.get(name, name) for name in scores.get("skipped", {})],
+    }
+
+
+def _eval_results(scores: dict[str, Any], said: dict[str, Any]) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="audio-text-to-text",
+            task_name="audio captioning",
+            dataset_type=said.get("test_set_id", "custom"),
+            dataset_name=said.get("test_set", "test split"),
+            dataset_split="test",
+            metric_type=name,
+            metric_name=f"{METRICS[name]} (n {value['n']}, 95 % {value['low']:.3f} to {value['high']:.3f})",
+            metric_value=round(value["value"], 4),
+        )
+        for name, value in _measured(scores).items()
+    ]
+
+
+def _stage(folder: Path, stage: dict[str, Any]) -> dict[str, Any]:
+    state = _json(folder / "trainer_state.json") or {"log_history": []}
+    log = [entry for entry in state["log_history"] if "loss" in entry]
+    end: dict[str, Any] = next((entry for entry in state["log_history"] if "train_runtime" in entry), {})
+    terms = [
+        term
+        for term in ("decoder_loss", "guided_loss", "alignment_loss", "modality_gap", "modality_cosine", "guide_weight")
+        if log and term in log[0]
+    ]
+    shown = [log[round(i * (len(log) - 1) / 7)] for i in range(8)] if len(log) >= 8 else log
+    training = stage.get("training", {})
+    return {
+        "name": stage["name"],
+        "steps": state.get("global_step", "?"),
+        "batch": training.get("per_device_train_batch_size", 8) * training.get("gradient_accumulation_steps", 1),
+        "rate": training.get("learning_rate", 5e-5),
+        "minutes": round(end["train_runtime"] / 60) if end else "?",
+        "terms": terms,
+        "curve": [[entry["step"], *(f"{float(entry[term]):.3f}" for term in terms)] for entry in shown],
+    }
+
+
+_STRANGER = """
+import importlib.abc, sys
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("modeling_lamb", "processing_lamb", "training_lamb"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+from transformers import pipeline
+
+repo, revision, sound = sys.argv[1:]
+captioner = pipeline(
+    "audio-captioning", model=repo, revision=revision, code_revision=revision, trust_remote_code=True
+)
+print(captioner(sound, max_new_tokens=40)[0]["generated_text"])
+"""
+
+
+def verify(folder: str | Path, repo_id: str, revision: str, sound: str) -> str:
+    """
+    Downloads a repository into an empty cache in a fresh process that has none of our packages, and captions a sound.
+
+    Returns:
+        The caption.
+
+    Raises:
+        RuntimeError: when it cannot be loaded, or its caption is not that of the local `folder`.
+    """
+    captioner = AudioCaptioningPipeline(
+        model=LambForAudioCaptioning.from_pretrained(folder), processor=LambProcessor.from_pretrained(folder)
+    )
+    mine = captioner(sound, max_new_tokens=40)[0]["generated_text"]
+    with tempfile.TemporaryDirectory() as cache:
+        done = subprocess.run(
+            [sys.executable, "-c", _STRANGER, repo_id, revision, sound],
+            env=os.environ | {"HF_HOME": cache},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        raise RuntimeError(f"{repo_id} at {revision} could not be loaded: {done.stderr.strip().splitlines()[-1]}")
+    theirs = done.stdout.strip().splitlines()[-1]
+    if theirs != mine:
+        raise RuntimeError(f"{repo_id} at {revision} says {theirs!r}, the local model {mine!r}.")
+    print(f"Verified: {theirs}")
+    return theirs
