@@ -33,7 +33,7 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy modeling_lamb processing training train.py score.py
+	$(BIN)/mypy modeling_lamb processing training train.py score.py push_to_hub.py
 
 bench: $(INSTALLED)
 	@for script in $(filter-out benchmarks/interleave.py benchmarks/smollm.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; OMP_NUM_THREADS=1 $(BIN)/python $$script || exit 1; done
