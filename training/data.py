@@ -25,6 +25,7 @@ from modeling_lamb.audio_encoders import encode_audio
 from .readers import Clip
 
 logger = logging.get_logger(__name__)
+_APART = 10**9  # between the clip numbers of joined sources
 
 
 class EncodedClips(Dataset):
@@ -216,19 +217,37 @@ class OneRowPerCaption(Dataset):
         return item | {"caption": captions[min(caption, len(captions) - 1)]}
 
 
+class WeightedRows(Dataset):
+    """`weight` times as many rows an epoch: some again, or some left out, as a generator of `seed` chooses."""
+
+    def __init__(self, rows: OneRowPerCaption, weight: float, seed: int) -> None:
+        self.rows = rows
+        generator = torch.Generator().manual_seed(seed)
+        whole, rest = divmod(round(weight * len(rows)), len(rows))
+        self.order = list(range(len(rows))) * whole + torch.randperm(len(rows), generator=generator)[:rest].tolist()
+
+    def clip_name(self, number: int) -> str:
+        """As of [`OneRowPerCaption`]."""
+        return self.rows.clip_name(number)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self.rows[self.order[number]]
+
+
 class JoinedRows(ConcatDataset):
     """Rows of several sources, with clip numbers that stay apart."""
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         item = super().__getitem__(number)
-        part = bisect_right(self.cumulative_sizes, number)
-        return item | {"clip": item["clip"] + (self.cumulative_sizes[part - 1] if part else 0)}
+        return item | {"clip": item["clip"] + _APART * bisect_right(self.cumulative_sizes, number)}
 
     def clip_name(self, number: int) -> str:
         """As of [`OneRowPerCaption`]."""
-        part = bisect_right(self.cumulative_sizes, number)
-        rows: Any = self.datasets[part]
-        return rows.clip_name(number - (self.cumulative_sizes[part - 1] if part else 0))
+        rows: Any = self.datasets[number // _APART]
+        return rows.clip_name(number % _APART)
 
 
 @dataclass

@@ -32,13 +32,14 @@ CHANGEABLE |= {"info_nce_temperature", "guide_metric", "freeze_audio_encoder", "
 @dataclass
 class Source:
     """
-    Where clips come from: exactly one of the following.
+    Where clips come from: exactly one of the following, and how often they are seen.
 
     Args:
         folder: sound files with a metadata.csv, .jsonl or .parquet.
         table, audiocaps, coco, wavcaps: the arguments of that reader of `training/readers.py`, `{table, audio, ...}`.
         hub: the arguments of `readers.read_hub`, `{path, split, audio, captions, ...}`; also what `prepare` wrote.
         soundscapes: `{split, clips, seed}` of composed clips (see `training/soundscapes`).
+        weight: rows an epoch, as a multiple of the source's own.
     """
 
     folder: str | None = None
@@ -48,6 +49,7 @@ class Source:
     wavcaps: dict | None = None
     hub: dict | None = None
     soundscapes: dict | None = None
+    weight: float = 1.0
     report: ClassVar[DataReport | None] = None
 
     def read(self) -> tuple[Sequence[Clip], str]:
@@ -57,12 +59,14 @@ class Source:
         Raises:
             ValueError: when none or several of the fields are given, or from the reader.
         """
-        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) is not None}
+        kinds = [f.name for f in dataclasses.fields(self) if f.name != "weight"]
+        given = {name: getattr(self, name) for name in kinds if getattr(self, name) is not None}
         if len(given) != 1:
             raise ValueError(
-                f"A data source needs exactly one of {', '.join(f.name for f in dataclasses.fields(self))}; it has "
-                f"{', '.join(given) or 'none'}."
+                f"A data source needs exactly one of {', '.join(kinds)}; it has {', '.join(given) or 'none'}."
             )
+        if self.weight <= 0:
+            raise ValueError(f"weight={self.weight} of {', '.join(given)} must be above 0: remove the source instead.")
         ((kind, settings),) = given.items()
         if kind == "soundscapes":
             return self._soundscapes(settings)

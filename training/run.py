@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from modeling_lamb import LambForAudioCaptioning, LambProcessor
 
-from .data import CaptionCollator, EncodedClips, JoinedRows, OneRowPerCaption, WaveformClips
+from .data import CaptionCollator, EncodedClips, JoinedRows, OneRowPerCaption, WaveformClips, WeightedRows
 from .memory import GIB, estimate_memory
 from .readers import caption_counts
 from .recipe import Recipe, Source, Stage
@@ -36,7 +36,10 @@ def encode_sources(
     recipe: Recipe, model: LambForAudioCaptioning, processor: LambProcessor
 ) -> tuple[Dataset, OneRowPerCaption | None]:
     """The training and validation rows, one a caption."""
-    train = [_rows(recipe, source, model, processor, True) for source in recipe.train]
+    train: list[Any] = []
+    for source in recipe.train:
+        rows = _rows(recipe, source, model, processor, True)
+        train.append(rows if source.weight == 1 else WeightedRows(rows, source.weight, recipe.seed))
     if recipe.validation is None:
         return (train[0] if len(train) == 1 else JoinedRows(train)), None
     if re.search(r"test|evaluation", str(recipe.validation), re.IGNORECASE):
@@ -171,7 +174,7 @@ def plan(recipe: Recipe) -> str:
         clips, name = source.read()
         captions = len(clips) if source.soundscapes else sum(caption_counts(clips))
         lines.append(f"{name}: {len(clips)} clips, {captions} captions")
-        rows += 0 if source is recipe.validation else captions
+        rows += 0 if source is recipe.validation else round(source.weight * captions)
     dtype = getattr(torch, str(recipe.load.get("dtype", "float32")))
     for stage in recipe.stages:
         training = stage.training
