@@ -29,7 +29,9 @@ def main() -> None:
     parser.add_argument(
         "--clips", type=int, default=400, help="mixtures to compose; single events come evenly from all classes"
     )
-    parser.add_argument("--train_clips", type=int, default=4000, help="training clips of the soundscapes' controls")
+    parser.add_argument(
+        "--train_clips", type=int, default=4000, help="training clips of the soundscapes' controls; 0: none"
+    )
     parser.add_argument(
         "--predictions", type=Path, help="csv or jsonl with id, caption and references or caption_1, ..."
     )
@@ -52,16 +54,17 @@ def main() -> None:
     if options.predictions:
         rows = scoring.read_predictions(options.predictions)
     else:
-        rows = (
-            scoring.data_rows(options.data, options.table, options.audio)
-            if options.data
-            else scoring.soundscape_rows(options.soundscapes, options.clips)
-        )
+        if options.data:
+            rows = scoring.data_rows(options.data, options.table, options.audio)
+        else:
+            from training_lamb import soundscape_scoring  # its parts are installed by the extra `mini` only
+
+            rows = soundscape_scoring.soundscape_rows(options.soundscapes, options.clips)
         if not scoring.caption_clips(options.model, rows, options.batch_size, settings):
             return  # another rank writes the files
     scores = {"model": options.model, "generation": settings, "clips": len(rows)} | scoring.score_rows(rows)
     if options.soundscapes:
-        scores |= scoring.soundscape_scores(options.model, rows, options.train_clips, options.num_workers)
+        scores |= soundscape_scoring.soundscape_scores(options.model, rows, options.train_clips, options.num_workers)
     if options.against:
         scores["difference"] = scoring.paired_differences(rows, options.against)
     scoring.write(options.out, rows, scores)
