@@ -26,9 +26,8 @@ def main() -> None:
     parser.add_argument("--table", help="a csv, jsonl, parquet or json file, or a folder with metadata.csv")
     parser.add_argument("--audio", help="the folder of its files")
     parser.add_argument("--soundscapes", metavar="SPLIT", help="a split of the composed soundscapes")
-    parser.add_argument(
-        "--clips", type=int, default=400, help="mixtures to compose; single events come evenly from all classes"
-    )
+    parser.add_argument("--clips", type=int, default=400, help="mixtures to compose")
+    parser.add_argument("--per_class", type=int, default=5, help="single events of each class")
     parser.add_argument(
         "--train_clips", type=int, default=4000, help="training clips of the soundscapes' controls; 0: none"
     )
@@ -59,10 +58,11 @@ def main() -> None:
         else:
             from training_lamb import soundscape_scoring  # its parts are installed by the extra `mini` only
 
-            rows = soundscape_scoring.soundscape_rows(options.soundscapes, options.clips)
+            rows = soundscape_scoring.soundscape_rows(options.soundscapes, options.clips, options.per_class)
         if not scoring.caption_clips(options.model, rows, options.batch_size, settings):
             return  # another rank writes the files
     scores = {"model": options.model, "generation": settings, "clips": len(rows)} | scoring.score_rows(rows)
+    scoring.write(options.out, rows, scores)  # what follows takes minutes
     if options.soundscapes:
         scores |= soundscape_scoring.soundscape_scores(options.model, rows, options.train_clips, options.num_workers)
     if options.against:

@@ -164,6 +164,7 @@ class LambConfig(PreTrainedConfig):
         """
         audio, _ = PreTrainedConfig.get_config_dict(audio_model_id, revision=audio_model_revision)
         text_config = AutoConfig.from_pretrained(resolve_backbone(text_model_id), revision=text_model_revision)
+        text_config._name_or_path = text_model_id  # not the folder of this machine in which it lies
         kwargs.setdefault("audio_token_id", text_config.get_text_config().vocab_size)
         return cls(
             audio_config=audio,

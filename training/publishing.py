@@ -172,7 +172,10 @@ def _measured(scores: dict[str, Any]) -> dict[str, dict[str, float]]:
 def _scores(scores: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
     controls = []
     for name, values in scores.get("controls", {}).items():
-        cells = [f"{values[c]['value']:.3f}" if isinstance(values.get(c), dict) else "" for c in CONTROL_COLUMNS]
+        cells = [
+            f"{values[c]['value']:.3f}" if isinstance(values.get(c), dict) and values[c]["n"] else ""
+            for c in CONTROL_COLUMNS
+        ]
         controls.append({"name": name.replace("_", " "), "cells": cells})
     beams = scores["generation"].get("num_beams", 1)
     decoding = "greedy decoding" if beams == 1 else f"{beams} beams"

@@ -109,7 +109,10 @@ def write(folder: Path, rows: list[dict[str, Any]], scores: dict[str, Any]) -> N
     with open(folder / "predictions.jsonl", "w", encoding="utf-8") as stream:
         for row in rows:
             stream.write(json.dumps({name: value for name, value in row.items() if name != "audio"}) + "\n")
-    (folder / "scores.json").write_text(json.dumps(scores, indent=2), encoding="utf-8")
+    finite = json.loads(
+        json.dumps(scores), parse_constant=lambda _: None
+    )  # JSON knows no NaN: what has no clips is null
+    (folder / "scores.json").write_text(json.dumps(finite, indent=2), encoding="utf-8")
 
 
 def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:

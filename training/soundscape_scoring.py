@@ -20,14 +20,13 @@ from .scoring import caption_scores
 from .soundscapes.mixing import KINDS, SoundscapeCorpus
 from .soundscapes.sources import read_classes
 
-PER_CLASS = 5  # single-event clips of each class
 MIXTURES = [kind for kind in KINDS if kind not in ("single", "silence", "noise")]
 
 
-def soundscape_rows(split: str, clips: int) -> list[dict[str, Any]]:
-    """`PER_CLASS` single-event clips of every class of the split, and `clips` mixtures of all kinds in turn."""
+def soundscape_rows(split: str, clips: int, per_class: int = 5) -> list[dict[str, Any]]:
+    """`per_class` single-event clips of every class of the split, and `clips` mixtures of all kinds in turn."""
     corpus = SoundscapeCorpus(split)
-    plan = [("single", [name]) for name in corpus.names for _ in range(PER_CLASS)]
+    plan = [("single", [name]) for name in corpus.names for _ in range(per_class)]
     plan += [(MIXTURES[number % len(MIXTURES)], None) for number in range(clips)]
     rows = []
     for number, (kind, names) in enumerate(tqdm(plan, desc="composing", disable=None)):
