@@ -36,17 +36,16 @@ def encode_sources(
     recipe: Recipe, model: LambForAudioCaptioning, processor: LambProcessor
 ) -> tuple[Dataset, OneRowPerCaption | None]:
     """The training and validation rows, one a caption."""
-    train: list[Any] = []
+    parts: list[Any] = []
     for source in recipe.train:
         rows = _rows(recipe, source, model, processor, True)
-        train.append(rows if source.weight == 1 else WeightedRows(rows, source.weight, recipe.seed))
+        parts.append(rows if source.weight == 1 else WeightedRows(rows, source.weight, recipe.seed))
+    train = parts[0] if len(parts) == 1 else JoinedRows(parts)
     if recipe.validation is None:
-        return (train[0] if len(train) == 1 else JoinedRows(train)), None
+        return train, None
     if re.search(r"test|evaluation", str(recipe.validation), re.IGNORECASE):
         logger.warning(f"{recipe.validation} looks like a test set: a checkpoint chosen on it has no test score.")
-    return (train[0] if len(train) == 1 else JoinedRows(train)), _rows(
-        recipe, recipe.validation, model, processor, False
-    )
+    return train, _rows(recipe, recipe.validation, model, processor, False)
 
 
 def _rows(
@@ -76,12 +75,16 @@ def _rows(
 
 def _note_data(folder: Path, name: str, clips: int, source: Source) -> None:
     """Keeps in `data.json` how many clips of each source are used, and how many are not and why."""
+    if not PartialState().is_main_process:
+        return
     file = folder / "data.json"
     folder.mkdir(parents=True, exist_ok=True)
     noted = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     left_out = {} if source.report is None else {why: len(ids) for why, ids in source.report.left_out.items()}
     noted = [entry for entry in noted if entry["name"] != name] + [{"name": name, "clips": clips, "left_out": left_out}]
-    file.write_text(json.dumps(noted, indent=2), encoding="utf-8")
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(noted, indent=2), encoding="utf-8")
+    os.replace(temporary, file)  # another process never sees half of it
 
 
 def run_stages(
@@ -92,7 +95,8 @@ def run_stages(
     validation: OneRowPerCaption | None,
 ) -> None:
     """Trains stage after stage; one that was finished before is read back, one that was interrupted goes on."""
-    _describe(recipe, model)
+    if PartialState().is_main_process:
+        _describe(recipe, model)
     for stage in recipe.stages:
         folder = Path(recipe.output_dir) / stage.name
         for name, value in stage.model.items():
