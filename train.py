@@ -24,9 +24,8 @@ def main(arguments: list[str]) -> None:
     if len(names) != len(values) or not all(name.startswith("--") for name in names):
         raise SystemExit(f"Flags come in pairs of --name value; got {flags}.")
 
-    from accelerate import PartialState
     from training_lamb.recipe import load_recipe  # torch and transformers load only for real work
-    from training_lamb.run import encode_sources, plan, run_stages, save_result
+    from training_lamb.run import encode_sources, plan, processes, run_stages, save_result
     from transformers import set_seed
 
     recipe = load_recipe(file, {n.removeprefix("--"): yaml.safe_load(v) for n, v in zip(names, values, strict=True)})
@@ -35,10 +34,12 @@ def main(arguments: list[str]) -> None:
         return
     set_seed(recipe.seed)
     model, processor = recipe.build()
-    with PartialState().main_process_first():  # one process fills the caches, the others read them
+    with processes().main_process_first():  # one process fills the caches, the others read them
         train, validation = encode_sources(recipe, model, processor)
     run_stages(recipe, model, processor, train, validation)
     save_result(recipe, model, processor)
+    processes().wait_for_everyone()
+    processes().destroy_process_group()  # a rank that ends with the group's threads still running may abort
     print(f"The trained model is in {Path(recipe.output_dir)}")
 
 

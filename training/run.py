@@ -14,6 +14,7 @@ import torch
 import transformers
 import yaml
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
@@ -30,6 +31,19 @@ from .recipe import Recipe, Source, Stage
 from .trainer import LambTrainer
 
 logger = logging.get_logger(__name__)
+
+
+def processes() -> PartialState:
+    """
+    The processes that `torchrun` started, one where none did. Accelerate alone takes those without an accelerator for
+    single ones.
+    """
+    return PartialState(cpu=on_cpu())
+
+
+def on_cpu() -> bool:
+    """Whether there is no accelerator, or ACCELERATE_USE_CPU forbids it."""
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
 def encode_sources(
@@ -75,7 +89,7 @@ def _rows(
 
 def _note_data(folder: Path, name: str, clips: int, source: Source) -> None:
     """Keeps in `data.json` how many clips of each source are used, and how many are not and why."""
-    if not PartialState().is_main_process:
+    if not processes().is_main_process:
         return
     file = folder / "data.json"
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +109,7 @@ def run_stages(
     validation: OneRowPerCaption | None,
 ) -> None:
     """Trains stage after stage; one that was finished before is read back, one that was interrupted goes on."""
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         _describe(recipe, model)
     for stage in recipe.stages:
         folder = Path(recipe.output_dir) / stage.name
@@ -147,6 +161,7 @@ def _trainer(
         "report_to": "none",
         "label_names": ["labels"],
         "prediction_loss_only": True,
+        "use_cpu": on_cpu(),
     }
     settings |= stage.training
     if validation is None:
@@ -229,6 +244,7 @@ def _describe(recipe: Recipe, model: LambForAudioCaptioning) -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "processes": processes().num_processes,
         "threads": torch.get_num_threads(),
         "parameters": model.num_parameters(),
         "trainable_parameters": trainable,
@@ -238,7 +254,7 @@ def _describe(recipe: Recipe, model: LambForAudioCaptioning) -> None:
 
 def save_result(recipe: Recipe, model: LambForAudioCaptioning, processor: LambProcessor) -> None:
     """The model in `save_dtype`, its processor and its code, in the run's folder; one process writes."""
-    if not PartialState().is_main_process:
+    if not processes().is_main_process:
         return
     if is_deepspeed_zero3_enabled():  # the model holds shards; the last stage's folder, the whole
         for file in (Path(recipe.output_dir) / recipe.stages[-1].name).iterdir():

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -17,6 +16,7 @@ from modeling_lamb import AudioCaptioningPipeline, LambForAudioCaptioning, LambP
 from .captioning_metrics import CaptioningMetrics
 from .event_scores import bootstrap
 from .readers import READERS, row_captions
+from .run import processes
 
 logger = logging.get_logger(__name__)
 SCORED = ("cider_d", "meteor", "rouge_l", "bleu_4", "spice", "spider", "spider_fl", "fense")  # with an interval
@@ -69,7 +69,7 @@ def caption_clips(model: str, rows: list[dict[str, Any]], batch_size: int, setti
 
     Among several processes each captions its share. Returns whether this is the one that goes on with all rows.
     """
-    state = PartialState()
+    state = processes()
     captioner = AudioCaptioningPipeline(
         model=LambForAudioCaptioning.from_pretrained(model),
         processor=LambProcessor.from_pretrained(model),
@@ -87,7 +87,10 @@ def caption_clips(model: str, rows: list[dict[str, Any]], batch_size: int, setti
         (number, result[0])
         for number, result in zip(share, tqdm(results, total=len(share), desc="captioning", disable=None), strict=True)
     ]
-    for number, result in gather_object(found) if state.num_processes > 1 else found:
+    if state.num_processes > 1:
+        found = gather_object(found)
+        state.destroy_process_group()  # a rank that ends with the group's threads still running may abort
+    for number, result in found:
         rows[number]["caption"] = result["generated_text"]
         if "error" in result:
             rows[number]["error"] = result["error"]

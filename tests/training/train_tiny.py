@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from conftest import CAPTIONS, VOCAB_SIZE, noise, randomized, tiny_config, tokenizer_json
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -94,3 +95,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for run in json.loads(sys.argv[1]):
         train(run)
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
