@@ -20,7 +20,7 @@ class _DualCrossEntropy(torch.autograd.Function):
     def forward(ctx, logits: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
         valid, targets = labels != -100, labels.clamp(min=0)
         norms = torch.empty(2, *labels.shape, dtype=_precision(logits), device=logits.device)
-        for row, part, z in _parts(logits):
+        for row, part, z in _parts(logits, valid):
             norms[0, row, part] = z.logsumexp(-1)
             if bias is not None:
                 norms[1, row, part] = (z - bias[row]).logsumexp(-1)
@@ -48,7 +48,7 @@ class _DualCrossEntropy(torch.autograd.Function):
             grad_bias[row] -= guided.sum(0)  # type: ignore[index]
             return plain.mul_(grad_plain).add_(guided)
 
-        for row, part, z in _parts(logits):
+        for row, part, z in _parts(logits, labels != -100):
             grad_logits[row, part] = gradient(row, part, z)
         return grad_logits, grad_bias, None
 
@@ -57,12 +57,16 @@ def _precision(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
-def _parts(logits: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
-    """A few positions of a row at a time: the row, their slice, and their logits in float32 at least."""
+def _parts(logits: Tensor, valid: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
+    """
+    A few positions of a row at a time: the row, their slice, and their logits in float32 at least; 0 where nothing is
+    predicted, whatever stands there.
+    """
     for row in range(logits.shape[0]):
         for start in range(0, logits.shape[1], _POSITIONS):
             part = slice(start, start + _POSITIONS)
-            yield row, part, logits[row, part].to(_precision(logits))
+            z = logits[row, part].to(_precision(logits))
+            yield row, part, z.masked_fill(~valid[row, part, None], 0)
 
 
 def caption_losses(

@@ -89,7 +89,7 @@ class Source:
         fetch()
         files = [file for file in Path(mixing.__file__).parent.iterdir() if file.suffix in (".py", ".csv")]
         corpus = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files)))
-        names = [str(value) for value in settings.values()]
+        names = [str(value) for _, value in sorted(settings.items())]
         return mixing.SoundscapeClips(**settings), "-".join(["soundscapes", *names, corpus.hexdigest()[:8]])
 
 

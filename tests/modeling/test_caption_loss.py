@@ -68,3 +68,11 @@ def test_half_precision_logits_are_summed_in_float32():
     (gradient,) = torch.autograd.grad(sum(losses), half)
     assert gradient.dtype == torch.bfloat16
     torch.testing.assert_close(gradient, torch.autograd.grad(sum(expected), half)[0])
+
+
+def test_what_stands_at_unlabelled_positions_does_not_matter():
+    logits, bias, labels = batch()
+    expected = torch.autograd.grad(sum(caption_losses(logits, labels, bias)), (logits, bias))
+    with torch.no_grad():
+        logits[labels == -100] = torch.tensor([torch.nan, torch.inf, -torch.inf] + [0.0] * 8)
+    torch.testing.assert_close(torch.autograd.grad(sum(caption_losses(logits, labels, bias)), (logits, bias)), expected)
