@@ -31,14 +31,16 @@ def main() -> None:
     parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--tag", help="tag the commit")
     parser.add_argument("--verify", metavar="SOUND", help="download into an empty cache, caption SOUND, compare")
+    parser.add_argument("--max_shard_size", default="5GB", help="of a file of weights")
     options = parser.parse_args()
+    if options.create_pr and options.revision not in (None, "main"):
+        parser.error("--create_pr opens a branch of its own, from main: leave --revision out")
 
     from training_lamb.publishing import build_repository, problems, verify  # torch loads only for real work
 
     with tempfile.TemporaryDirectory() as temporary:
-        folder = build_repository(
-            options.run, options.dry_run or Path(temporary) / "repo", options.repo_id, options.merge
-        )
+        folder = options.dry_run or Path(temporary) / "repo"
+        build_repository(options.run, folder, options.repo_id, options.merge, options.max_shard_size)
         if found := problems(folder):
             sys.exit("Not published:\n" + "\n".join(f"- {problem}" for problem in found))
         if options.dry_run:
@@ -46,7 +48,7 @@ def main() -> None:
             return
         try:
             commit = send(folder, options)
-            print(f"Published as {commit.commit_url}")
+            print(f"Published as {commit.pr_url or commit.commit_url}")
             if options.verify:
                 verify(folder, options.repo_id, commit.oid, options.verify)
         except (HfHubHTTPError, RuntimeError) as error:

@@ -5,9 +5,10 @@ from typing import Any, ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.utils.hub import resolve_revision
 
 from .configuration_ced import CedConfig  # registers the model type of the default encoder
-from .packaged_backbone import resolve_backbone
+from .packaged_backbone import PREFIX, resolve_backbone
 
 
 @strict
@@ -159,9 +160,12 @@ class LambConfig(PreTrainedConfig):
 
         Args:
             audio_model_id, text_model_id: folders or Hub ids.
-            audio_model_revision, text_model_revision: commit, tag or branch of each.
+            audio_model_revision, text_model_revision: commit, tag or branch of each; the configuration keeps the commit
+                that it stands for now, so that whoever loads a small checkpoint gets the same backbones.
             kwargs: the other fields of [`LambConfig`]; without `audio_token_id`, the first id beyond the LLM's table.
         """
+        audio_model_revision = _commit(audio_model_id, audio_model_revision)
+        text_model_revision = _commit(text_model_id, text_model_revision)
         audio, _ = PreTrainedConfig.get_config_dict(audio_model_id, revision=audio_model_revision)
         text_config = AutoConfig.from_pretrained(resolve_backbone(text_model_id), revision=text_model_revision)
         text_config._name_or_path = text_model_id  # not the folder of this machine in which it lies
@@ -175,6 +179,14 @@ class LambConfig(PreTrainedConfig):
             text_model_revision=text_model_revision,
             **kwargs,
         )
+
+
+def _commit(model_id: str, revision: str | None) -> str | None:
+    """The commit that a branch or tag of a Hub id stands for; a folder's revision as it is."""
+    if model_id.startswith(PREFIX):
+        return revision
+    resolved = resolve_revision(model_id, revision)
+    return getattr(resolved, "resolved", resolved)
 
 
 __all__ = ["LambConfig"]

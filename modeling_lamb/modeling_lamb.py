@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -547,6 +547,7 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: when a backbone is neither in the checkpoint nor named, or cannot be quantised in this way.
+            OSError: when a file of weights is damaged.
         """
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = _sparing_quantization_config(kwargs["quantization_config"])
@@ -554,6 +555,11 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
         reset = _download_options.set({name: kwargs[name] for name in names if name in kwargs})
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"The weights of {pretrained_model_name_or_path}, or of a backbone that its config names, are damaged "
+                f"({error}). Delete the file and fetch it again; `hf cache verify` names the damaged files of a Hub id."
+            ) from error
         finally:
             _download_options.reset(reset)
         model = loaded[0] if isinstance(loaded, tuple) else loaded

@@ -138,6 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _commit(self, body: bytes, repo: str, revision: str) -> None:
         files = dict(self.hub.files(repo, revision) or {})
+        request = "create_pr=1" in urlsplit(self.path).query
         for line in body.splitlines():
             entry = json.loads(line)
             value = entry["value"]
@@ -147,8 +148,9 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.hub.objects[value["oid"]]
             elif entry["key"] == "deletedFile":
                 files.pop(value["path"], None)
-        oid = self.hub.commit(repo, revision, files)
-        self._answer(200, {"success": True, "commitOid": oid, "commitUrl": f"{self.hub.endpoint}/{repo}/commit/{oid}"})
+        oid = self.hub.commit(repo, "refs/pr/1" if request else revision, files)
+        answer = {"success": True, "commitOid": oid, "commitUrl": f"{self.hub.endpoint}/{repo}/commit/{oid}"}
+        self._answer(200, answer | ({"pullRequestUrl": f"{self.hub.endpoint}/{repo}/discussions/1"} if request else {}))
 
     def _info(self, body: bytes, repo: str, revision: str = "main") -> None:
         if repo not in self.hub.repositories or (files := self.hub.files(repo, revision)) is None:
@@ -160,10 +162,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _tree(self, body: bytes, repo: str, revision: str, folder: str = "") -> None:
         files = self.hub.files(repo, revision) or {}
-        entries = [
-            {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-            for name, content in files.items()
-        ]
+        entries = []
+        for name, content in files.items():
+            blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()  # as git names it
+            entries.append({"type": "file", "path": name, "size": len(content), "oid": blob})
+            if name.endswith(".safetensors"):
+                lfs = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+                entries[-1]["lfs"] = lfs
         self._answer(200, entries)
 
     def _resolve(self, body: bytes, repo: str, revision: str, name: str, fault: str | None = None) -> None:

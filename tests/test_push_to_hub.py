@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import yaml
 from conftest import noise, randomized, tiny_config
 from hub_server import TOKEN, Hub
 from safetensors.torch import load_file, save_file
-from training_lamb.publishing import problems, render_card
+from training_lamb.publishing import STRANGER, problems, render_card
 
 from modeling_lamb import LambForAudioCaptioning
 
@@ -52,7 +53,7 @@ def run_folder(tmp_path_factory, trained_tokenizer):
     environment = {"parameters": 1000, "trainable_parameters": {"adapter": 10}, "torch": "2", "python": "3"}
     (folder / "environment.json").write_text(json.dumps(environment))
     (folder / "data.json").write_text(json.dumps([{"name": "tones", "clips": 4, "left_out": {"missing": 1}}]))
-    log = [{"step": n, "loss": 3.0 - n, "decoder_loss": 2.0 - n} for n in (1, 2)]
+    log = [{"step": n, "loss": 3.0 - n, "decoder_loss": 2.0 - n, "modality_gap": 1.0} for n in (1, 2)]
     (folder / "captioning").mkdir()
     state = {"global_step": 2, "log_history": [*log, {"train_runtime": 90.0}]}
     (folder / "captioning" / "trainer_state.json").write_text(json.dumps(state))
@@ -95,8 +96,18 @@ def push(hub, folder, cache, *flags, token=TOKEN):
 
 def pull(hub, cache, code="", **variables):
     script = f"from huggingface_hub import snapshot_download\nprint(snapshot_download({REPO!r}))\n{code}"
-    settings = environment(hub, cache) | variables
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=settings, check=False)
+    return run_python(hub, cache, script, **variables)
+
+
+def run_python(hub, cache, script, *arguments, cwd=None, **variables):
+    command, settings = [sys.executable, "-c", script, *arguments], environment(hub, cache) | variables
+    done = subprocess.run(command, capture_output=True, text=True, env=settings, cwd=cwd, check=False)
+    assert TOKEN not in done.stdout + done.stderr
+    return done
+
+
+def as_a_stranger(hub, cache, sound, revision="main"):
+    return run_python(hub, cache, STRANGER, REPO, revision, sound)
 
 
 @pytest.mark.slow
@@ -116,9 +127,115 @@ def test_a_stranger_loads_what_was_published(hub, run_folder, sound, tmp_path):
 
 @pytest.mark.slow
 def test_merged_weights_load_without_peft(hub, run_folder, sound, tmp_path):
-    done = push(hub, run_folder, tmp_path / "cache", "--merge", "--verify", sound)
+    done = push(hub, run_folder, tmp_path / "cache", "--merge", "--verify", sound, "--max_shard_size", "100KB")
     assert done.returncode == 0, done.stderr
-    assert b"lora" not in hub.files(REPO)["model.safetensors"][:20000]
+    shards = [content for name, content in hub.files(REPO).items() if name.endswith(".safetensors")]
+    assert len(shards) > 1 and not any(b"lora" in content[:20000] for content in shards)
+
+
+@pytest.mark.slow
+def test_the_quick_start_of_the_card_runs_as_printed(hub, run_folder, sound, tmp_path):
+    assert push(hub, run_folder, tmp_path / "cache").returncode == 0
+    code = re.search(r"```python\n(.*?)```", hub.files(REPO)["README.md"].decode(), re.DOTALL)[1]
+    hidden = STRANGER.partition("from transformers")[0]
+    script = f"{hidden}\n{code}\nprint(captioner('sound.wav'))"
+    done = run_python(hub, tmp_path / "other", script, cwd=Path(sound).parent)
+    assert done.returncode == 0 and "generated_text" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_branches_and_pull_requests_leave_main_alone(hub, run_folder, sound, tmp_path):
+    done = push(hub, run_folder, tmp_path / "cache", "--revision", "trial", "--verify", sound)
+    assert done.returncode == 0, done.stderr
+    done = push(hub, run_folder, tmp_path / "cache", "--create_pr")
+    assert done.returncode == 0 and "/discussions/1" in done.stdout, done.stderr
+    assert all("model.safetensors" in hub.files(REPO, branch) for branch in ("trial", "refs/pr/1"))
+    assert list(hub.files(REPO)) == [".gitattributes"]
+    both = push(hub, run_folder, tmp_path / "cache", "--create_pr", "--revision", "trial")
+    assert both.returncode == 2 and "leave --revision out" in both.stderr
+
+
+PUSHED_BY_HAND = """
+import sys
+from modeling_lamb import LambForAudioCaptioning, LambProcessor
+
+run, repo = sys.argv[1:]
+LambForAudioCaptioning.from_pretrained(run).push_to_hub(repo)
+LambProcessor.from_pretrained(run).push_to_hub(repo)
+"""
+
+PUSHED_BY_THE_TRAINER = """
+import sys, numpy
+from modeling_lamb import LambForAudioCaptioning, LambProcessor
+from training_lamb.data import CaptionCollator
+from training_lamb.trainer import LambTrainer
+from transformers import TrainingArguments
+
+run, repo = sys.argv[1:]
+processor = LambProcessor.from_pretrained(run)
+settings = {"max_steps": 1, "use_cpu": True, "report_to": "none", "remove_unused_columns": False}
+trainer = LambTrainer(
+    model=LambForAudioCaptioning.from_pretrained(run),
+    args=TrainingArguments(output_dir="out", hub_model_id=repo, **settings),
+    train_dataset=[{"audio": numpy.random.rand(8000) - 0.5, "caption": "A dog barks.", "clip": 0}] * 2,
+    data_collator=CaptionCollator(processor),
+    processing_class=processor,
+)
+trainer.train()
+trainer.push_to_hub()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [PUSHED_BY_HAND, PUSHED_BY_THE_TRAINER])
+def test_the_methods_of_the_library_publish_what_a_stranger_loads(hub, run_folder, sound, tmp_path, script):
+    done = run_python(hub, tmp_path / "cache", script, str(run_folder), REPO, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    loaded = as_a_stranger(hub, tmp_path / "other", sound)
+    assert loaded.returncode == 0, loaded.stderr
+
+
+PINNED = """
+import sys
+from modeling_lamb import LambConfig, LambForAudioCaptioning
+
+small = sys.argv[1]
+config = LambConfig.from_backbones("org/ced", "org/llm", num_audio_tokens=2)
+LambForAudioCaptioning.from_backbones(config).save_pretrained(small)
+print(config.audio_model_revision, config.text_model_revision)
+"""
+
+LOADED = """
+import sys
+from modeling_lamb import LambForAudioCaptioning
+
+model = LambForAudioCaptioning.from_pretrained(sys.argv[1])
+print(float(model.audio_encoder.norm.weight[0]), float(model.language_model.model.norm.weight[0]))
+"""
+
+
+@pytest.mark.slow
+def test_small_checkpoints_pin_the_commits_of_their_backbones(hub, run_folder, tmp_path):
+    model = LambForAudioCaptioning.from_pretrained(run_folder).merge_adapters()
+    backbones = {"org/ced": model.audio_encoder, "org/llm": model.language_model}
+
+    def publish(value):
+        commits = []
+        for repo, part in backbones.items():
+            hub.repositories.setdefault(repo, [])
+            hub.names.setdefault(repo, {})
+            torch.nn.init.constant_(part.base_model.norm.weight, value)
+            part.save_pretrained(tmp_path / f"{repo}-{value}")
+            files = {file.name: file.read_bytes() for file in (tmp_path / f"{repo}-{value}").iterdir()}
+            commits.append(hub.commit(repo, "main", files))
+        return commits
+
+    first = publish(1.0)
+    done = run_python(hub, tmp_path / "cache", PINNED, str(tmp_path / "small"))
+    assert done.stdout.split() == first, done.stderr
+    publish(2.0)  # which must not be loaded
+    done = run_python(hub, tmp_path / "other", LOADED, str(tmp_path / "small"))
+    assert done.stdout.split() == ["1.0", "1.0"], done.stderr
 
 
 @pytest.mark.slow
@@ -138,6 +255,8 @@ def test_a_refusal_is_one_sentence_and_the_next_run_succeeds(hub, run_folder, tm
     assert "model.safetensors" not in (hub.files(REPO) if REPO in hub.repositories else {})
     assert push(hub, run_folder, tmp_path / "cache").returncode == 0
     assert "model.safetensors" in hub.files(REPO)
+    sent = [status for method, path, status in hub.requests if method == "PUT"]
+    assert sent.count(200) == 1  # what had arrived before the refusal was not sent again
 
 
 @pytest.mark.slow
@@ -171,11 +290,50 @@ def test_downloads_resume_survive_faults_and_work_offline(hub, run_folder, tmp_p
     assert all(torch.equal(loaded[name], value) for name, value in local.items())
 
 
+@pytest.mark.slow
+def test_a_repository_that_is_closed_is_named_and_can_be_had_later(hub, run_folder, sound, tmp_path):
+    assert push(hub, run_folder, tmp_path / "cache").returncode == 0
+    for status, code, sentence in (
+        (403, "GatedRepo", "gated repo"),
+        (401, "RepoNotFound", "not a valid model identifier"),
+        (404, "RepoNotFound", "not a valid model identifier"),
+    ):
+        hub.faults[:] = [("HEAD", "/resolve/", (status, {"X-Error-Code": code}))] * 20
+        failed = as_a_stranger(hub, tmp_path / "other", sound)
+        assert failed.returncode != 0 and REPO in failed.stderr and sentence in failed.stderr, failed.stderr
+    hub.faults.clear()
+    assert as_a_stranger(hub, tmp_path / "other", sound).returncode == 0
+
+
+@pytest.mark.slow
+def test_damaged_files_of_the_cache_are_noticed(hub, run_folder, sound, tmp_path):
+    assert push(hub, run_folder, tmp_path / "cache").returncode == 0
+    hub.faults.append(("GET", r"resolve/.*/model\.safetensors", "damage"))  # a wrong byte on the way
+    folder = Path(pull(hub, tmp_path / "other").stdout.split()[-1])
+
+    def check():
+        verify = [sys.executable, "-m", "huggingface_hub.cli.hf", "cache", "verify", REPO]
+        return subprocess.run(
+            verify, capture_output=True, text=True, env=environment(hub, tmp_path / "other"), check=False
+        )
+
+    found = check()
+    assert found.returncode != 0 and "model.safetensors" in found.stdout + found.stderr
+    file = (folder / "model.safetensors").resolve()
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(OSError, match=r"damaged .* fetch it again"):
+        LambForAudioCaptioning.from_pretrained(folder)
+    file.unlink()
+    assert as_a_stranger(hub, tmp_path / "other", sound).returncode == 0
+    found = check()
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
 def test_dry_run_writes_the_repository_and_sends_nothing(hub, run_folder, tmp_path):
     done = push(hub, run_folder, tmp_path / "cache", "--dry_run", str(tmp_path / "repo"))
     assert done.returncode == 0, done.stderr
     assert problems(tmp_path / "repo") == [] and not hub.requests
-    assert {"README.md", "recipe.yaml", "scores.json", "modeling_lamb.py"} <= {
+    assert {"README.md", "recipe.yaml", "scores.json", "modeling_lamb.py", "training.png", "modality_gap.png"} <= {
         f.name for f in (tmp_path / "repo").iterdir()
     }
 

@@ -52,7 +52,9 @@ def test_a_recipe_runs_on_two_ranks(recipe, tmp_path):
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
     run = tmp_path / "run"
-    assert [(entry["clips"], entry["left_out"]) for entry in json.loads((run / "data.json").read_text())] == [(8, {})] * 2
+    assert [(entry["clips"], entry["left_out"]) for entry in json.loads((run / "data.json").read_text())] == [
+        (8, {})
+    ] * 2
     assert json.loads((run / "environment.json").read_text())["processes"] == 2
     state = json.loads((run / "captioning" / "trainer_state.json").read_text())
     assert state["global_step"] == 2 and "eval_cider_d" in state["log_history"][-2]

@@ -39,11 +39,20 @@ METRICS = {
     "event_f1": "event F1, mixtures",
     "order": "right order, sequences with both events named",
 }
+FIGURES: dict[str, dict[str, tuple[str, ...]]] = {  # file: what its panels draw, by title
+    "training": {"losses": ("loss", "decoder_loss", "guided_loss", "alignment_loss")},
+    "modality_gap": {
+        "distance of mean audio and text embedding": ("modality_gap",),
+        "their cosine": ("modality_cosine",),
+    },
+}
 CONTROL_COLUMNS = ("single_accuracy", "event_f1", "cider_d", "meteor")
 PAPER = (("METEOR", 27.1), ("CIDEr-D", 91.1), ("SPICE", 19.7), ("SPIDEr", 55.4), ("SPIDEr-FL", 55.3), ("FENSE", 67.7))
 
 
-def build_repository(run: str | Path, out: str | Path, repo_id: str, merge: bool = False) -> Path:
+def build_repository(
+    run: str | Path, out: str | Path, repo_id: str, merge: bool = False, max_shard_size: str = "5GB"
+) -> None:
     """
     The exact repository of a run: weights, processor, code, recipe, scores and card.
 
@@ -52,18 +61,69 @@ def build_repository(run: str | Path, out: str | Path, repo_id: str, merge: bool
         out: the folder to fill.
         repo_id: `organisation/name`, for the card's quick start.
         merge: fold LoRA into the backbones and save everything, instead of a small checkpoint.
+        max_shard_size: of a file of weights.
     """
     run, out = Path(run), Path(out)
     model, processor = LambForAudioCaptioning.from_pretrained(run, dtype="auto"), LambProcessor.from_pretrained(run)
     if merge:
         model.merge_adapters()
-    model.save_pretrained(out, save_backbones=merge or None, max_shard_size="5GB")
+    model.save_pretrained(out, save_backbones=merge or None, max_shard_size=max_shard_size)
     processor.save_pretrained(out)
     for name in ("recipe.yaml", "environment.json", "data.json", "scores/scores.json"):
         if (run / name).is_file():
             (out / Path(name).name).write_bytes((run / name).read_bytes())
+    plot_training(run, out)
     render_card(run, repo_id).save(out / "README.md")
-    return out
+
+
+def plot_training(run: str | Path, out: str | Path) -> None:
+    """
+    Draws what the run's stages logged, one after the other, into `out`: `training.png`, the losses by step, and
+    `modality_gap.png`, the distance and cosine of mean audio and mean text embedding (the columns of Table 2).
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("The card's figures need matplotlib: pip install 'lamb-captioning[publish]'") from error
+    log, ends = _whole_log(Path(run))
+    for name, panels in _drawn(log).items():
+        figure = Figure(figsize=(4.5 * len(panels), 3.2), layout="constrained")
+        for axes, (title, terms) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+            for term in terms:
+                points = [(entry["step"], float(entry[term])) for entry in log if term in entry]
+                axes.plot(*zip(*points, strict=True), label=term.replace("_", " "))
+            for end in ends[:-1]:
+                axes.axvline(end, color="0.7", linestyle=":")  # where one stage ends and the next begins
+            axes.set(xlabel="step", title=title)
+            axes.legend()
+        figure.savefig(Path(out) / f"{name}.png", dpi=110)
+
+
+def _drawn(log: list[dict[str, float]]) -> dict[str, dict[str, list[str]]]:
+    """Of the figures, their panels and what these draw, what the log holds."""
+    found = {
+        name: {
+            title: [term for term in terms if any(term in entry for entry in log)] for title, terms in panels.items()
+        }
+        for name, panels in FIGURES.items()
+    }
+    return {name: panels for name, panels in found.items() if any(panels.values())}
+
+
+def _whole_log(run: Path) -> tuple[list[dict[str, float]], list[int]]:
+    """The logs of all stages with their steps counted on, and the step at which each stage ended."""
+    log: list[dict[str, float]] = []
+    ends = [0]
+    for stage in yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["stages"]:
+        log += [entry | {"step": ends[-1] + entry["step"]} for entry in _log(run / stage["name"])]
+        ends.append(log[-1]["step"] if log else 0)
+    return log, ends[1:]
+
+
+def _log(folder: Path) -> list[dict[str, float]]:
+    """What the Trainer logged of a stage while it trained."""
+    state = _json(folder / "trainer_state.json") or {"log_history": []}
+    return [entry for entry in state["log_history"] if "loss" in entry]
 
 
 def problems(folder: str | Path) -> list[str]:
@@ -150,6 +210,7 @@ def render_card(run: str | Path, repo_id: str) -> ModelCard:
         scores=_scores(scores, said) if scores else None,
         paper=PAPER if scores else None,
         stages=[_stage(run / stage["name"], stage) for stage in recipe["stages"]],
+        figures=list(_drawn(_whole_log(run)[0])),
         data=sources or ["not recorded"],
         environment=", ".join(
             f"{key} {environment[key]}" for key in ("hardware", "python", "torch", "transformers") if key in environment
@@ -206,8 +267,7 @@ def _eval_results(scores: dict[str, Any], said: dict[str, Any]) -> list[EvalResu
 
 
 def _stage(folder: Path, stage: dict[str, Any]) -> dict[str, Any]:
-    state = _json(folder / "trainer_state.json") or {"log_history": []}
-    log = [entry for entry in state["log_history"] if "loss" in entry]
+    state, log = _json(folder / "trainer_state.json") or {"log_history": []}, _log(folder)
     end: dict[str, Any] = next((entry for entry in state["log_history"] if "train_runtime" in entry), {})
     terms = [
         term
@@ -227,7 +287,7 @@ def _stage(folder: Path, stage: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-_STRANGER = """
+STRANGER = """
 import importlib.abc, sys
 
 class Absent(importlib.abc.MetaPathFinder):
@@ -262,7 +322,7 @@ def verify(folder: str | Path, repo_id: str, revision: str, sound: str) -> str:
     mine = captioner(sound, max_new_tokens=40)[0]["generated_text"]
     with tempfile.TemporaryDirectory() as cache:
         done = subprocess.run(
-            [sys.executable, "-c", _STRANGER, repo_id, revision, sound],
+            [sys.executable, "-c", STRANGER, repo_id, revision, sound],
             env=os.environ | {"HF_HOME": cache},
             capture_output=True,
             text=True,
