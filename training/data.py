@@ -7,10 +7,12 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from processing_lamb import LambProcessor, read_audio
@@ -22,7 +24,7 @@ from transformers.utils import logging
 from modeling_lamb import LambForAudioCaptioning
 from modeling_lamb.audio_encoders import encode_audio
 
-from .readers import Clip
+from .readers import FEATURES, Clip
 
 logger = logging.get_logger(__name__)
 _APART = 10**9  # between the clip numbers of joined sources
@@ -168,7 +170,7 @@ class WaveformClips(Dataset):
         random_crop: bool = False,
     ) -> None:
         self.clips, self.sampling_rate, self.random_crop = clips, sampling_rate, random_crop
-        self.max_length = None if max_seconds is None else round(max_seconds * sampling_rate)
+        self.max_seconds = max_seconds
         self.skipped: dict[str, str] = {}
 
     def clip_name(self, number: int) -> str:
@@ -182,18 +184,70 @@ class WaveformClips(Dataset):
             position = (number + shift) % len(self.clips)
             clip = self.clips[position]
             try:
-                audio = read_audio(clip.audio, self.sampling_rate, self.sampling_rate)
+                audio = _cropped(clip.audio, self.sampling_rate, self.max_seconds, self.random_crop)
             except ValueError as error:
                 if clip.id not in self.skipped:
                     logger.warning(f"{clip.id} is left out: {error}")
                 self.skipped[clip.id] = str(error)
                 continue
-            if self.max_length is not None and len(audio) > self.max_length:
-                start = int(torch.randint(len(audio) - self.max_length + 1, ())) if self.random_crop else 0
-                audio = audio[start : start + self.max_length]
             item = {"audio": audio, "captions": clip.captions, "id": clip.id, "clip": position}
             return item | {"augment": self.random_crop}
         raise ValueError(f"None of the {len(self.clips)} clips could be read.")
+
+
+def _cropped(audio: Any, sampling_rate: int, max_seconds: float | None, random_crop: bool) -> np.ndarray:
+    samples = read_audio(audio, sampling_rate, sampling_rate)
+    length = len(samples) if max_seconds is None else round(max_seconds * sampling_rate)
+    start = int(torch.randint(len(samples) - length + 1, ())) if random_crop and len(samples) > length else 0
+    return samples[start : start + length]
+
+
+def stream_rows(
+    streams: Sequence[tuple[datasets.IterableDataset, float]],
+    sampling_rate: int,
+    max_seconds: float | None = None,
+    shuffle_buffer: int = 1000,
+    seed: int = 42,
+) -> datasets.IterableDataset:
+    """
+    Endless rows, one a caption, of data sets that are read as they come and never held whole.
+
+    Ranks and data workers read different shards, so there must be as many of these as of them for either to help. A clip
+    that cannot be read is left out with a warning.
+
+    Args:
+        streams: data sets with the columns of `readers.FEATURES`, and of each its share of the rows.
+        sampling_rate, max_seconds: as of [`WaveformClips`], with random crops.
+        shuffle_buffer: rows among which the next one is drawn; their audio stays encoded.
+        seed: of the mixing and the order.
+    """
+    parts = [stream.map(_split_captions, batched=True, batch_size=1).repeat(None) for stream, _ in streams]
+    whole = sum(weight for _, weight in streams)
+    if len(parts) > 1:
+        shares = [weight / whole for _, weight in streams]
+        rows = datasets.interleave_datasets(parts, probabilities=shares, seed=seed)
+    else:
+        (rows,) = parts
+    decode = partial(_decode_row, sampling_rate=sampling_rate, max_seconds=max_seconds)
+    return rows.shuffle(seed=seed, buffer_size=shuffle_buffer).map(
+        decode, batched=True, batch_size=1, remove_columns=list(FEATURES)
+    )
+
+
+def _split_captions(batch: dict[str, list]) -> dict[str, list]:
+    (captions,) = batch["captions"]
+    return {name: values * len(captions) for name, values in batch.items()} | {"captions": [[c] for c in captions]}
+
+
+def _decode_row(batch: dict[str, list], sampling_rate: int, max_seconds: float | None) -> dict[str, list]:
+    (name,), (source,), (audio,), ((caption,),) = (batch[key] for key in ("id", "source", "audio", "captions"))
+    try:
+        samples = _cropped(audio["bytes"] or audio["path"], sampling_rate, max_seconds, random_crop=True)
+    except ValueError as error:
+        logger.warning(f"{name} is left out: {error}")
+        return {"audio": [], "caption": [], "clip": [], "augment": []}
+    number = int.from_bytes(hashlib.sha256(f"{source} {name}".encode()).digest()[:7])  # the same in every process
+    return {"audio": [samples], "caption": [caption], "clip": [number], "augment": [True]}
 
 
 class OneRowPerCaption(Dataset):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import datasets
 import yaml
 from processing_lamb import LambFeatureExtractor
 from transformers import AutoFeatureExtractor, AutoTokenizer, TrainingArguments
@@ -39,7 +40,7 @@ class Source:
         table, audiocaps, coco, wavcaps: the arguments of that reader of `training/readers.py`, `{table, audio, ...}`.
         hub: the arguments of `readers.read_hub`, `{path, split, audio, captions, ...}`; also what `prepare` wrote.
         soundscapes: `{split, clips, seed}` of composed clips (see `training/soundscapes`).
-        weight: rows an epoch, as a multiple of the source's own.
+        weight: rows an epoch, as a multiple of the source's own; of streamed sources, the share of the rows.
     """
 
     folder: str | None = None
@@ -80,6 +81,20 @@ class Source:
         self.report = report
         content = hashlib.sha256(json.dumps([(clip.audio, clip.captions) for clip in clips]).encode())
         return clips, f"{report.source}-{content.hexdigest()[:8]}"
+
+    def stream(self) -> datasets.IterableDataset:
+        """
+        The clips as they come, for `shuffle_buffer`.
+
+        Raises:
+            ValueError: when the source is no `hub`.
+        """
+        if self.hub is None:
+            raise ValueError(
+                "shuffle_buffer streams sources of the kind hub alone: turn others into one by "
+                "`python -m training_lamb.prepare`, or leave shuffle_buffer out."
+            )
+        return read_hub(**self.hub | {"streaming": True})
 
     @staticmethod
     def _soundscapes(settings: dict) -> tuple[Sequence[Clip], str]:
@@ -125,6 +140,8 @@ class Recipe:
         init_from: a LAMB checkpoint to go on from, instead of `model`.
         train: sources of clips, read one after the other and shuffled together.
         validation: a source of clips.
+        shuffle_buffer: stream the training sources (`hub` alone) instead of holding them, and draw each row from so many;
+            the stages then need `max_steps`.
         max_seconds: longer clips are cropped to this, at random places in training; None takes them whole.
         spec_augment: `{time, frequency, count}`, masks on the training features (not on cached tokens).
         generation: arguments of `generate` for the captions of the validation clips.
@@ -145,6 +162,7 @@ class Recipe:
     processor: dict = field(default_factory=dict)
     init_from: str | None = None
     validation: Source | None = None
+    shuffle_buffer: int | None = None
     max_seconds: float | None = None
     spec_augment: dict | None = None
     generation: dict = field(default_factory=dict)
@@ -248,7 +266,14 @@ def load_recipe(file: str | Path, overrides: dict[str, Any] | None = None) -> Re
         _check_names("training", stage.get("training", {}), TrainingArguments)
         _check_names("model", stage.get("model", {}), LambConfig)
         stages.append(Stage(**stage))
-    return Recipe(**data | {"stages": stages})
+    recipe = Recipe(**data | {"stages": stages})
+    if recipe.shuffle_buffer is not None:
+        if recipe.cache_encoder_tokens:
+            raise ValueError("cache_encoder_tokens keeps every clip's tokens, shuffle_buffer keeps none: choose one.")
+        endless = [stage.name for stage in recipe.stages if stage.training.get("max_steps", -1) < 1]
+        if endless:
+            raise ValueError(f"A stream has no length: give max_steps to the training of {', '.join(endless)}.")
+    return recipe
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from modeling_lamb import LambForAudioCaptioning, LambProcessor
 
-from .data import CaptionCollator, EncodedClips, JoinedRows, OneRowPerCaption, WaveformClips, WeightedRows
+from .data import CaptionCollator, EncodedClips, JoinedRows, OneRowPerCaption, WaveformClips, WeightedRows, stream_rows
 from .memory import GIB, estimate_memory
 from .readers import caption_counts
 from .recipe import Recipe, Source, Stage
@@ -50,11 +50,17 @@ def encode_sources(
     recipe: Recipe, model: LambForAudioCaptioning, processor: LambProcessor
 ) -> tuple[Dataset, OneRowPerCaption | None]:
     """The training and validation rows, one a caption."""
-    parts: list[Any] = []
-    for source in recipe.train:
-        rows = _rows(recipe, source, model, processor, True)
-        parts.append(rows if source.weight == 1 else WeightedRows(rows, source.weight, recipe.seed))
-    train = parts[0] if len(parts) == 1 else JoinedRows(parts)
+    train: Any
+    if recipe.shuffle_buffer is not None:
+        streams = [(source.stream(), source.weight) for source in recipe.train]
+        rate = processor.feature_extractor.sampling_rate
+        train = stream_rows(streams, rate, recipe.max_seconds, recipe.shuffle_buffer, recipe.seed)
+    else:
+        parts: list[Any] = []
+        for source in recipe.train:
+            rows = _rows(recipe, source, model, processor, True)
+            parts.append(rows if source.weight == 1 else WeightedRows(rows, source.weight, recipe.seed))
+        train = parts[0] if len(parts) == 1 else JoinedRows(parts)
     if recipe.validation is None:
         return train, None
     if re.search(r"test|evaluation", str(recipe.validation), re.IGNORECASE):
@@ -163,6 +169,8 @@ def _trainer(
         "prediction_loss_only": True,
         "use_cpu": on_cpu(),
     }
+    if recipe.shuffle_buffer is not None:  # each rank reads its own shards; batches of one rank do not fit others'
+        settings["accelerator_config"] = {"dispatch_batches": False}
     settings |= stage.training
     if validation is None:
         settings["eval_strategy"] = "no"
@@ -190,6 +198,9 @@ def plan(recipe: Recipe) -> str:
     lines = [yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)]
     config, ranks, rows = recipe.config(), int(os.environ.get("WORLD_SIZE", 1)), 0
     for source in [*recipe.train, *([recipe.validation] if recipe.validation else [])]:
+        if recipe.shuffle_buffer is not None and source is not recipe.validation:
+            lines.append(f"{source.hub}: streamed, {source.stream().num_shards} shards")
+            continue
         clips, name = source.read()
         captions = len(clips) if source.soundscapes else sum(caption_counts(clips))
         lines.append(f"{name}: {len(clips)} clips, {captions} captions")

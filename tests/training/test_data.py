@@ -4,8 +4,16 @@ import soundfile
 import torch
 from conftest import noise, write_table
 from training_lamb import data
-from training_lamb.data import CaptionCollator, EncodedClips, JoinedRows, OneRowPerCaption, WaveformClips, WeightedRows
-from training_lamb.readers import Clip, read_table
+from training_lamb.data import (
+    CaptionCollator,
+    EncodedClips,
+    JoinedRows,
+    OneRowPerCaption,
+    WaveformClips,
+    WeightedRows,
+    stream_rows,
+)
+from training_lamb.readers import Clip, read_hub, read_table, to_dataset
 
 
 @pytest.fixture
@@ -93,3 +101,27 @@ def test_spec_augment_masks_training_clips_alone(folder, processor):
         batch = [rows[n] for n in range(3)]
         same = torch.equal(plain(batch)["input_features"], masked(batch)["input_features"])
         assert same is not random_crop
+
+
+def stream(folder, name, audio, captions, shards=1):
+    """A data set of parquet files, read as it comes."""
+    clips = [
+        Clip(str(file), [f"{c} {number}." for c in captions], f"{name}{number}") for number, file in enumerate(audio)
+    ]
+    (folder / name).mkdir()
+    for shard in range(shards):
+        to_dataset(clips[shard::shards]).to_parquet(folder / name / f"train-{shard}.parquet")
+    return read_hub(str(folder / name), streaming=True)
+
+
+def test_streamed_rows_are_endless_mixed_by_weight_and_without_bad_files(folder, caplog):
+    (folder / "broken.wav").write_bytes(b"")
+    files = [folder / "0.wav", folder / "broken.wav", folder / "1.wav"]
+    streams = [(stream(folder, "a", files, ["one", "two"], 2), 3.0), (stream(folder, "b", files[:1], ["three"]), 1.0)]
+    rows = list(stream_rows(streams, 16000, 0.25, shuffle_buffer=8).take(400))
+    assert {row["caption"] for row in rows} == {"one 0.", "two 0.", "one 2.", "two 2.", "three 0."}
+    assert sum(row["caption"] == "three 0." for row in rows) / 400 == pytest.approx(0.34, abs=0.1)  # 1 of 1 + 3 * 2 / 3
+    assert all(len(row["audio"]) == 4000 for row in rows)
+    assert len({row["clip"] for row in rows}) == 3 and "a1 is left out" in caplog.text
+    again = [row["caption"] for row in stream_rows(streams, 16000, 0.25, shuffle_buffer=8).take(20)]
+    assert again == [row["caption"] for row in rows[:20]]
