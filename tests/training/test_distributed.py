@@ -74,14 +74,21 @@ def test_two_ranks_are_one_process_with_the_whole_batch(tmp_path):
             assert two_log[0][term] == pytest.approx(one_log[0][term], abs=2e-5), (name, term)
 
 
+def deepspeed_config(stage):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: DS_BUILD_OPS=0 pip install deepspeed ninja")
+    return str(Path(__file__).parents[2] / "configs" / "deepspeed" / f"{stage}.json")
+
+
 def losses(log):
     return {entry["step"]: entry["loss"] for entry in log if "loss" in entry}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_killed_run_goes_on_with_the_same_losses(tmp_path, ranks):
+@pytest.mark.parametrize(("ranks", "stage"), [(1, None), (2, None), (2, "zero2")])
+def test_a_killed_run_goes_on_with_the_same_losses(tmp_path, ranks, stage):
     common = {"per_device_train_batch_size": 4 // ranks, "max_steps": 12, "save_steps": 3, "learning_rate": 1e-3}
+    if stage is not None:
+        common |= {"deepspeed": deepspeed_config(stage), "optim": "adamw_torch"}
     ((_, straight),) = finish(settings(tmp_path / "straight", ranks, 16, **common))
     out = tmp_path / "killed"
     process = start(settings(out, ranks, 16, **common), stderr=subprocess.DEVNULL, start_new_session=True)
@@ -116,8 +123,7 @@ def test_fsdp2_shards_give_the_same_gradients(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_deepspeed_trains_as_ddp_does_and_goes_on(tmp_path, stage):
-    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: DS_BUILD_OPS=0 pip install deepspeed ninja")
-    config = str(Path(__file__).parents[2] / "configs" / "deepspeed" / f"{stage}.json")
+    config = deepspeed_config(stage)
     common = {
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-3,
