@@ -110,10 +110,10 @@ def _drawn(log: list[dict[str, float]]) -> dict[str, dict[str, list[str]]]:
     return {name: panels for name, panels in found.items() if any(panels.values())}
 
 
-def _whole_log(run: Path) -> tuple[list[dict[str, float]], list[int]]:
+def _whole_log(run: Path) -> tuple[list[dict[str, float]], list[float]]:
     """The logs of all stages with their steps counted on, and the step at which each stage ended."""
     log: list[dict[str, float]] = []
-    ends = [0]
+    ends: list[float] = [0]
     for stage in yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["stages"]:
         log += [entry | {"step": ends[-1] + entry["step"]} for entry in _log(run / stage["name"])]
         ends.append(log[-1]["step"] if log else 0)
