@@ -59,13 +59,15 @@ class EncodedClips(Dataset):
         num_workers: int = 0,
         max_seconds: float | None = None,
     ) -> None:
-        key = hashlib.sha256()
-        for tensor in model.audio_encoder.state_dict().values():
-            key.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        key.update(processor.feature_extractor.to_json_string().encode() + f"{name} {len(clips)}".encode())
+        digest = hashlib.sha256()
+        for tensor in model.audio_encoder.state_dict().values():  # in half precision, as small checkpoints hold it
+            digest.update(tensor.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
+        settings = processor.feature_extractor.to_dict().items()
+        front_end = json.dumps({key: value for key, value in settings if key != "auto_map"}, sort_keys=True, default=str)
+        digest.update(front_end.encode() + f"{name} {len(clips)}".encode())
         if max_seconds is not None:
-            key.update(f" {max_seconds} s".encode())
-        self.folder = Path(folder) / f"{name}-{key.hexdigest()[:12]}"
+            digest.update(f" {max_seconds} s".encode())
+        self.folder = Path(folder) / f"{name}-{digest.hexdigest()[:12]}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.items: list[dict[str, Any]] = []
         self.skipped: dict[str, str] = {}
