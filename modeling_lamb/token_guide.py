@@ -44,7 +44,8 @@ def guide_scores(audio_embeds: Tensor, token_embeddings: Tensor, metric: str = "
 
 def _squared_l2(z: Tensor, v: Tensor, centre: Tensor) -> Tensor:
     z, v = z - centre, v - centre
-    return (z.square().sum(-1, keepdim=True) + v.square().sum(-1) - 2 * z @ v.T).clamp(min=0)
+    lengths = torch.linalg.vector_norm(v, dim=-1)  # in one pass over v, without its square in memory
+    return (z.square().sum(-1, keepdim=True) + lengths.square() - 2 * z @ v.T).clamp(min=0)
 
 
 def _l1(z: Tensor, v: Tensor, centre: Tensor) -> Tensor:
