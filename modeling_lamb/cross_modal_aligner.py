@@ -3,7 +3,6 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
 
 from .configuration_lamb import LambConfig
 
@@ -144,11 +143,27 @@ def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
     return (states * weights).sum(-2) / weights.sum(-2).clamp(min=1)
 
 
+class _AllGather(torch.autograd.Function):
+    """Rows of all ranks; what every rank's loss says of a row comes back to the rank that it is from."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 def gather_with_gradient(x: Tensor) -> Tensor:
     """Rows of all ranks, with exact gradients under DDP; in one process the tensor itself."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return x
-    return torch.cat(all_gather(x.contiguous()), dim=0)
+    return _AllGather.apply(x)
 
 
 class CrossModalAligner(nn.Module):
