@@ -54,6 +54,9 @@ class CedConfig(PreTrainedConfig):
         mlp_ratio = kwargs.pop("mlp_ratio", 4.0)
         if self.intermediate_size is None:
             self.intermediate_size = int(self.hidden_size * mlp_ratio)
+        for name in ("hidden_size", "num_attention_heads", "num_mel_bins", "patch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} does not divide into num_attention_heads="

@@ -1,5 +1,6 @@
 """Configuration of LAMB: the two backbones, the adapter, the aligner, the Token Guide and the objective."""
 
+import math
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -97,6 +98,17 @@ class LambConfig(PreTrainedConfig):
         self._check()
 
     def _check(self) -> None:
+        for name, least in (
+            ("num_audio_tokens", 1),
+            ("num_semantic_queries", 0),
+            ("num_temporal_queries", 0),
+            ("gru_num_layers", 1),
+            ("qformer_num_layers", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
+        if self.adapter_num_attention_heads is not None and self.adapter_num_attention_heads < 1:
+            raise ValueError(f"adapter_num_attention_heads={self.adapter_num_attention_heads} must be at least 1.")
         width, heads = self.adapter_hidden_size or self.audio_hidden_size, self.adapter_heads
         if width % heads:
             raise ValueError(
@@ -107,18 +119,18 @@ class LambConfig(PreTrainedConfig):
             raise ValueError(f"The adapter's width {width} must be even: each GRU direction takes one half of it.")
         if self.adapter_type == "two_stream" and self.num_semantic_queries + self.num_temporal_queries < 1:
             raise ValueError("Both streams are off: set num_semantic_queries or num_temporal_queries above 0.")
-        if self.num_audio_tokens < 1:
-            raise ValueError(f"num_audio_tokens={self.num_audio_tokens} must be at least 1.")
-        if any(size % 2 == 0 for size in self.conv_kernel_sizes):
+        if not self.conv_kernel_sizes or any(size < 1 or size % 2 == 0 for size in self.conv_kernel_sizes):
             raise ValueError(
-                f"conv_kernel_sizes={self.conv_kernel_sizes} must be odd, to keep the length of the audio."
+                f"conv_kernel_sizes={self.conv_kernel_sizes} must be odd numbers, to keep the length of the audio."
             )
         if self.kernel_width != "median" and not (
             isinstance(self.kernel_width, (int, float)) and self.kernel_width > 0
         ):
             raise ValueError(f"kernel_width={self.kernel_width!r} must be a positive number or 'median'.")
-        if self.info_nce_temperature <= 0:
-            raise ValueError(f"info_nce_temperature={self.info_nce_temperature} must be positive.")
+        if not 0 < self.info_nce_temperature < math.inf:
+            raise ValueError(f"info_nce_temperature={self.info_nce_temperature} must be a positive number.")
+        if not math.isfinite(self.guide_weight_init):
+            raise ValueError(f"guide_weight_init={self.guide_weight_init} must be a finite number.")
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()

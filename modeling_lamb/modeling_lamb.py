@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,12 +21,13 @@ from transformers import (
     SuppressTokensLogitsProcessor,
 )
 from transformers import initialization as init
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 from transformers.processing_utils import Unpack
 from transformers.quantizers.auto import AutoQuantizationConfig
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, torch_compilable_check
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging, torch_compilable_check
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .audio_encoders import audio_backbone_state_dict, build_audio_encoder, encode_audio
@@ -35,6 +37,8 @@ from .cross_modal_aligner import CrossModalAligner, masked_mean
 from .packaged_backbone import resolve_backbone
 from .token_guide import TokenGuide, TokenGuideLogitsProcessor
 from .two_stream_adapter import ADAPTERS, QFormerAdapter, QueryAttention
+
+logger = logging.get_logger(__name__)
 
 # How the backbones of a small checkpoint are downloaded: as the checkpoint itself.
 _download_options: ContextVar[dict[str, Any] | None] = ContextVar("download_options", default=None)
@@ -100,6 +104,11 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.audio_encoder = build_audio_encoder(config.audio_config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        if "past_key_values" not in inspect.signature(type(self.language_model).forward).parameters:
+            raise ValueError(
+                f"{config.get_text_config().model_type} keeps no key-value cache, which captions are written with: choose an LLM "
+                "with attention as text_config."
+            )
         text_hidden_size = self.get_input_embeddings().embedding_dim
         self.adapter = ADAPTERS[config.adapter_type](config, config.audio_hidden_size, text_hidden_size)
         self.aligner = CrossModalAligner(config, text_hidden_size)
@@ -128,6 +137,15 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_output_embeddings(value)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As of every Transformers model. The LLM is then no longer the published one, and is saved with the checkpoint."""
+        before = self.get_input_embeddings().num_embeddings
+        table = super().resize_token_embeddings(*args, **kwargs)
+        if table.num_embeddings != before and self.config.text_model_id is not None:
+            logger.warning(f"The LLM no longer has the table of {self.config.text_model_id}; it will be saved whole.")
+            self.config.text_model_id = self.config.text_model_revision = None
+        return table
 
     def get_decoder(self) -> nn.Module:
         return self.language_model.get_decoder()
@@ -324,6 +342,7 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
                 return self._aligned(input_ids, audio_embeds, labels, clip_ids)
             inputs_embeds = self._merge_embeds(input_ids, audio_embeds)
         if labels is not None:
+            labels = labels.masked_fill(labels == self.config.audio_token_id, -100)  # no word to predict
             # Logits are computed only where some row has a label to predict.
             logits_to_keep = (labels[:, 1:] != -100).any(0).nonzero()[:, 0]
 
@@ -427,6 +446,9 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         if weight is not None:
             generation_config.token_guide_weight = weight  # type: ignore[attr-defined]
+        weight = getattr(generation_config, "token_guide_weight", None)
+        if weight is not None and not (isinstance(weight, (int, float)) and math.isfinite(weight)):
+            raise ValueError(f"token_guide_weight={weight!r} must be a finite number, or None for the learned one.")
         return generation_config, model_kwargs
 
     def _maybe_prepare_encoder_kwargs_for_generation(
@@ -460,6 +482,10 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
         return model_kwargs
 
     def _get_logits_processor(self, generation_config: GenerationConfig, **kwargs: Any) -> LogitsProcessorList:
+        ids = kwargs.get("encoder_input_ids")
+        if isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1]:
+            # What looks at the prompt's tokens finds a word of it where the placeholder, which may be none, stands.
+            kwargs["encoder_input_ids"] = torch.where(ids == self.config.audio_token_id, ids[:, -1:], ids)
         processors = super()._get_logits_processor(generation_config, **kwargs)
         scores = (kwargs.get("model_kwargs") or {}).pop("token_guide_scores", None)
         if self.config.audio_token_id < self.config.get_text_config().vocab_size:
@@ -471,18 +497,48 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
             processors.insert(0, TokenGuideLogitsProcessor(scores, weight, renormalize=renormalize))
         return processors
 
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        if isinstance(generator, PromptLookupCandidateGenerator):  # it finds placeholders too, which are no words
+            generator.vocab_size = max(generator.vocab_size, self.config.audio_token_id + 1)
+            look_up = generator.get_candidates
+
+            def up_to_a_placeholder(input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+                found, _ = look_up(input_ids, *args, **kwargs)
+                placeholders = (found[0, input_ids.shape[1] :] == self.config.audio_token_id).nonzero()
+                stop = input_ids.shape[1] + int(placeholders[0]) if len(placeholders) else found.shape[1]
+                return found[:, :stop], None
+
+            generator.get_candidates = up_to_a_placeholder
+        return generator
+
+    def _prefill(
+        self, input_ids: torch.LongTensor, generation_config: GenerationConfig, model_kwargs: dict, **kwargs: Any
+    ):
+        if generation_config.prefill_chunk_size is not None and model_kwargs.get("audio_embeds") is not None:
+            model_kwargs = model_kwargs | {"prompt_ids": input_ids}
+        return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
+
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.LongTensor,
         next_sequence_length: int | None = None,
         inputs_embeds: Tensor | None = None,  # `generate` refuses embeddings that are not named here
         audio_embeds: Tensor | None = None,
+        prompt_ids: Tensor | None = None,  # of which input_ids are one chunk
         is_first_iteration: bool | None = False,
         **kwargs,
     ):
-        if audio_embeds is not None and next_sequence_length is not None and next_sequence_length < input_ids.shape[1]:
+        if audio_embeds is not None and prompt_ids is not None:
+            start = kwargs["past_key_values"].get_seq_length()
+            audio_embeds = self._embeds_between(audio_embeds, prompt_ids, start, start + input_ids.shape[1])
+        elif (
+            audio_embeds is not None and next_sequence_length is not None and next_sequence_length < input_ids.shape[1]
+        ):
             audio_embeds = (
-                self._embeds_to_come(audio_embeds, input_ids, next_sequence_length) if is_first_iteration else None
+                self._embeds_between(audio_embeds, input_ids, input_ids.shape[1] - next_sequence_length)
+                if is_first_iteration
+                else None
             )
         return super().prepare_inputs_for_generation(
             input_ids,
@@ -493,10 +549,12 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
-    def _embeds_to_come(self, audio_embeds: Tensor, input_ids: Tensor, length: int) -> Tensor | None:
-        """Of z_a by row, what belongs to the last `length` ids; the cache that `generate` goes on from holds the rest."""
+    def _embeds_between(
+        self, audio_embeds: Tensor, input_ids: Tensor, start: int, stop: int | None = None
+    ) -> Tensor | None:
+        """Of z_a by row, what belongs to the ids from `start` to `stop`; the cache holds what is before."""
         is_audio = input_ids == self.config.audio_token_id
-        before, to_come = is_audio[:, :-length].sum(1), int(is_audio[:, -length:].sum(1).max())
+        before, to_come = is_audio[:, :start].sum(1), int(is_audio[:, start:stop].sum(1).max())
         slots = (before[:, None] + torch.arange(to_come, device=before.device)).clamp(max=audio_embeds.shape[1] - 1)
         return audio_embeds.gather(1, slots[..., None].expand(-1, -1, audio_embeds.shape[-1])) if to_come else None
 
@@ -694,12 +752,24 @@ def _backbone_state_dict(model: LambForAudioCaptioning, backbone: str, model_id:
     elif not any(key.startswith(f"{model.language_model.base_model_prefix}.") for key in weights):
         # Saved without its (tied) head, as the Hub's GPT-2.
         weights = {f"{model.language_model.base_model_prefix}.{key}": value for key, value in weights.items()}
-    expected = {key.removeprefix(f"{backbone}.") for key in model.state_dict() if key.startswith(f"{backbone}.")}
+    expected = {
+        key.removeprefix(f"{backbone}."): tuple(value.shape)
+        for key, value in model.state_dict().items()
+        if key.startswith(f"{backbone}.")
+    }
     renamed = {}
     for key, value in weights.items():
         parent, _, leaf = key.rpartition(".")
         lora_key = f"{parent}.base_layer.{leaf}"
-        renamed[f"{backbone}.{lora_key if lora_key in expected else key}"] = value
+        key = lora_key if lora_key in expected else key
+        shape = tuple(value.shape if isinstance(value, Tensor) else value.get_shape())
+        if key in expected and expected[key] != shape and not is_deepspeed_zero3_enabled():
+            raise ValueError(
+                f"{key} of {model_id} has the shape {shape}, expected {expected[key]}: it is not the {backbone} that this "
+                f"model's config describes. Set config.{LambForAudioCaptioning._backbones[backbone]} to the one that it was made "
+                "with."
+            )
+        renamed[f"{backbone}.{key}"] = value
     return renamed
 
 

@@ -11,6 +11,7 @@ from transformers.audio_utils import mel_filter_bank
 from transformers.utils import TensorType, logging
 
 logger = logging.get_logger(__name__)
+LOUDEST = 2.0**31  # samples as large as 32-bit integers are still heard; far above, a spectrum overflows
 
 
 def shortest_clip(extractor: Any) -> int:
@@ -23,9 +24,10 @@ def check_clip(clip: Any, extractor: Any, index: int = 0) -> np.ndarray:
     A clip as float32 `(samples,)`, if there is something to hear in it.
 
     Raises:
-        ValueError: when it is empty or too short for the extractor, holds NaN, infinity or integers, or is not mono.
+        ValueError: when it is empty or too short for the extractor, holds NaN, infinity, absurdly large samples or integers,
+            or is not mono.
     """
-    array = clip.detach().cpu().numpy() if isinstance(clip, torch.Tensor) else np.asarray(clip)
+    array = as_array(clip)
     shortest, rate = shortest_clip(extractor), extractor.sampling_rate
     if array.ndim != 1:
         raise ValueError(
@@ -42,7 +44,17 @@ def check_clip(clip: Any, extractor: Any, index: int = 0) -> np.ndarray:
         )
     if not np.isfinite(array).all():
         raise ValueError(f"Clip {index} holds NaN or infinite samples: repair the recording, or leave it out.")
+    if (peak := np.abs(array).max()) > LOUDEST:
+        raise ValueError(f"Clip {index} has samples as large as {peak:.1e}, expected floats in [-1, 1]: scale it.")
     return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def as_array(clip: Any) -> np.ndarray:
+    """A clip's samples as they are, of an array, a tensor on any device, or a sequence."""
+    if not isinstance(clip, torch.Tensor):
+        return np.asarray(clip)
+    clip = clip.detach().cpu()
+    return (clip.float() if clip.dtype == torch.bfloat16 else clip).numpy()
 
 
 class LambFeatureExtractor(SequenceFeatureExtractor):
@@ -93,6 +105,12 @@ class LambFeatureExtractor(SequenceFeatureExtractor):
         super().__init__(feature_size, sampling_rate, padding_value, **kwargs)
         if log_scale not in ("dB", "ln"):
             raise ValueError(f"log_scale={log_scale!r} must be 'dB' or 'ln'.")
+        if log_scale == "ln" and log_offset <= 0:
+            raise ValueError(
+                f"log_offset={log_offset} must be above 0: it is what keeps the logarithm of silence finite."
+            )
+        if min_frames < 1 or frame_multiple < 1:
+            raise ValueError(f"min_frames={min_frames} and frame_multiple={frame_multiple} must be at least 1.")
         if win_length > n_fft:
             raise ValueError(f"win_length={win_length} must not exceed n_fft={n_fft}.")
         self.n_fft, self.win_length, self.hop_length = n_fft, win_length, hop_length
@@ -204,7 +222,7 @@ class LambFeatureExtractor(SequenceFeatureExtractor):
         features, masks = [], []
         for samples, mask in zip(padded["input_features"], padded["attention_mask"], strict=True):
             # The spectrogram of the clip alone, before any padding, which would leak into its last frames.
-            log_mel = self.log_mel(torch.from_numpy(samples[: int(np.sum(mask)), 0]).to(device))
+            log_mel = self.log_mel(torch.from_numpy(samples[np.asarray(mask, dtype=bool), 0]).to(device))
             total = self._padded_frames(self.count_frames(len(samples)))
             real = self.count_frames(int(np.sum(mask)))
             missing = total - log_mel.shape[1]

@@ -1,6 +1,8 @@
 """`pipeline("audio-captioning")`: sound files in, sentences out."""
 
 import base64
+import inspect
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,11 +12,13 @@ import soundfile
 import soxr
 import torch
 from huggingface_hub.utils import httpx  # the client that load_audio fetches with
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 from transformers.audio_utils import load_audio
 from transformers.pipelines.base import ChunkPipeline
 
-from .feature_extraction_lamb import check_clip, shortest_clip
+from .feature_extraction_lamb import as_array, check_clip, shortest_clip
+
+SLOWEST, FASTEST = 100, 10_000_000  # sampling rates of arrays that are believed, in Hz
 
 
 def read_audio(source: Any, sampling_rate: int, source_rate: int | None = None) -> np.ndarray:
@@ -25,7 +29,7 @@ def read_audio(source: Any, sampling_rate: int, source_rate: int | None = None) 
     Files are decoded by soundfile, mixed to mono and resampled by soxr.
 
     Args:
-        source: a path, `http(s)://` URL, `bytes`, array or tensor `(samples,)` or `(channels, samples)`, or a dictionary
+        source: a path, `http(s)://` URL, `bytes`, a decoder of torchcodec, array or tensor `(samples,)` or `(channels, samples)`, or a dictionary
             with `array` or `raw` and `sampling_rate`, or with `bytes` or `path` (as `datasets.Audio(decode=False)` gives).
         source_rate: of an array, in Hz.
 
@@ -42,15 +46,16 @@ def read_audio(source: Any, sampling_rate: int, source_rate: int | None = None) 
         raise ValueError(f"A dictionary of audio needs 'array', 'raw', 'bytes' or 'path'; got {sorted(source)}.")
     if isinstance(source, (str, os.PathLike, bytes)):
         return _decode(source, sampling_rate)
-    if isinstance(source, torch.Tensor):
-        source = source.detach().cpu().numpy()
-    array = np.asarray(source)
+    if hasattr(source, "get_all_samples"):  # torchcodec's decoder, which a column of datasets.Audio holds
+        samples = source.get_all_samples()
+        return read_audio(samples.data, sampling_rate, samples.sample_rate)
+    array = as_array(source)
     if source_rate is None:
         raise ValueError(
             "An array of audio needs its rate: pass sampling_rate=, or {'array': ..., 'sampling_rate': ...}."
         )
-    if source_rate <= 0:
-        raise ValueError(f"sampling_rate={source_rate} of an array must be a positive number of Hz.")
+    if not (isinstance(source_rate, (int, float)) and SLOWEST <= source_rate <= FASTEST):
+        raise ValueError(f"sampling_rate={source_rate!r} of an array must be a number of Hz, {SLOWEST} to {FASTEST}.")
     if not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"The array holds {array.dtype}, expected floats in [-1, 1]: divide 16-bit integers by 32768.")
     if array.ndim == 2:
@@ -146,10 +151,18 @@ class AudioCaptioningPipeline(ChunkPipeline):
     ) -> tuple[dict, dict, dict]:
         if on_error not in (None, "raise", "return"):
             raise ValueError(f"on_error={on_error!r} must be 'raise' or 'return'.")
-        if chunk_length_s is not None and chunk_length_s <= 0:
-            raise ValueError(f"chunk_length_s={chunk_length_s} must be a positive number of seconds.")
-        known = vars(GenerationConfig()).keys()
-        if unknown := sorted(set(kwargs) - known - {"generation_config", "streamer"}):
+        if chunk_length_s is not None and not (
+            isinstance(chunk_length_s, (int, float)) and 0 < chunk_length_s < math.inf
+        ):
+            raise ValueError(f"chunk_length_s={chunk_length_s!r} must be a positive number of seconds.")
+        if return_timestamps not in (None, True, False):
+            raise ValueError(
+                f"return_timestamps={return_timestamps!r} must be True or False: windows have times, words not."
+            )
+        if prompt is not None and not isinstance(prompt, str):
+            raise ValueError(f"prompt={prompt!r} must be one text, which is asked about every clip.")
+        known = vars(GenerationConfig()).keys() | inspect.signature(GenerationMixin.generate).parameters.keys()
+        if unknown := sorted(set(kwargs) - known):
             raise ValueError(f"Unknown arguments {unknown}: neither the pipeline nor generate() takes them.")
         preprocess = {
             "sampling_rate": sampling_rate,

@@ -4,7 +4,7 @@ import math
 import os
 from typing import Any
 
-import torch
+import numpy as np
 from tokenizers import AddedToken
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import logging
@@ -68,8 +68,8 @@ class LambProcessor(ProcessorMixin):
             text: prompts. None asks the default question about each clip; a text without the placeholder is put into
                 the template; one with it is taken as it stands. Without audio, it is plain text for the LLM.
             audio: one clip or a list: arrays or tensors `(samples,)`, or paths and URLs.
-            captions: one for each text; adds `labels` and pads on the right, for training. Without them the padding is on
-                the left, for generation.
+            captions: one for each text; adds `labels` and pads on the right, for training, and gives torch tensors. Without
+                them the padding is on the left, for generation.
             kwargs: `text_kwargs`, `audio_kwargs`, or arguments of the tokenizer and the feature extractor, of which arrays and
                 tensors need `sampling_rate`, in Hz.
 
@@ -127,6 +127,8 @@ class LambProcessor(ProcessorMixin):
         if len(captions) != len(prompts):
             raise ValueError(f"Got {len(captions)} captions for {len(prompts)} prompts; they must match one to one.")
         for index, caption in enumerate(captions):
+            if not isinstance(caption, str):
+                raise ValueError(f"Caption {index} is {caption!r}, expected a text.")
             if not caption.strip():
                 raise ValueError(f"Caption {index} is empty: leave the clip out.")
             if self.audio_token in caption:
@@ -177,7 +179,12 @@ class LambProcessor(ProcessorMixin):
             raise ValueError(f"Unknown arguments {unknown}: LambProcessor takes {', '.join(sorted(known))}.")
 
     def _prompts(self, text: Any, clips: int) -> list[str]:
-        texts = [self.prompt] * clips if text is None else [text] if isinstance(text, str) else list(text)
+        if isinstance(text, (str, type(None))):
+            texts = [self.prompt] * clips if text is None else [text]
+        elif isinstance(text, (list, tuple)) and all(isinstance(item, str) for item in text):
+            texts = list(text)
+        else:
+            raise ValueError(f"text={text!r} must be a text, or a list of texts with one for each clip.")
         if any(self.audio_token in item for item in texts):
             return texts
         if len(texts) != clips:
@@ -190,11 +197,15 @@ class LambProcessor(ProcessorMixin):
             audio = [check_clip(clip, extractor, index) for index, clip in enumerate(audio)]
             self._warn_of_truncation(audio)
         processed = extractor(audio, **kwargs)
-        features = processed["input_features"] if "input_features" in processed else processed["input_values"]
-        mask = processed.get("input_features_mask", processed.get("attention_mask"))
-        if mask is None and isinstance(features, torch.Tensor):  # AST's extractor gives none: 10 ms a frame
-            frames = torch.tensor([math.ceil(len(clip) / extractor.sampling_rate * 100) for clip in audio])
-            mask = (torch.arange(features.shape[1]) < frames[:, None]).long()
+        if "input_features" in processed:
+            features = processed["input_features"]
+            mask = processed.get("input_features_mask", processed.get("attention_mask"))
+        else:  # AST's extractor gives no mask: `(clips, frames, mel)`, 10 ms a frame
+            features, mask = processed["input_values"], None
+            if kwargs.get("return_attention_mask") is not False:
+                real = [math.ceil(len(clip) / extractor.sampling_rate * 100) for clip in audio]
+                rows = [(np.arange(len(features[0])) < frames).astype(np.int64) for frames in real]
+                mask = BatchFeature({"mask": rows}, tensor_type=kwargs.get("return_tensors"))["mask"]
         data = {"input_features": features}
         if mask is not None:
             data["input_features_mask"] = mask
@@ -224,7 +235,8 @@ class LambProcessor(ProcessorMixin):
 
         `generate` returns the prompt and the caption, as for every decoder-only model.
         """
-        ids = token_ids.tolist() if hasattr(token_ids, "tolist") else list(token_ids)
+        ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
+        ids = [ids] if isinstance(ids, int) else list(ids)
         if ids and isinstance(ids[0], list):
             return self.batch_decode(ids, *args, **kwargs)
         if not kwargs.get("skip_special_tokens") or self.audio_token_id not in ids:

@@ -63,7 +63,9 @@ class EncodedClips(Dataset):
         for tensor in model.audio_encoder.state_dict().values():  # in half precision, as small checkpoints hold it
             digest.update(tensor.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
         settings = processor.feature_extractor.to_dict().items()
-        front_end = json.dumps({key: value for key, value in settings if key != "auto_map"}, sort_keys=True, default=str)
+        front_end = json.dumps(
+            {key: value for key, value in settings if key != "auto_map"}, sort_keys=True, default=str
+        )
         digest.update(front_end.encode() + f"{name} {len(clips)}".encode())
         if max_seconds is not None:
             digest.update(f" {max_seconds} s".encode())

@@ -86,6 +86,41 @@ def test_prompt_lookup_says_what_greedy_says(model, processor):
     )
 
 
+def test_prompt_lookup_may_find_placeholders(model, processor):
+    clips = [noise(0.8), noise(0.4, 1)]
+    prompt = processor(text="<|audio|> a <|audio|> a", audio=clips, sampling_rate=16000)
+    settings = {"do_sample": False, "max_new_tokens": 12}
+    looked_up = model.generate(**prompt, **settings, prompt_lookup_num_tokens=4, max_matching_ngram_size=1)
+    assert torch.equal(looked_up, model.generate(**prompt, **settings))
+
+
+@pytest.mark.parametrize("option", [{"encoder_repetition_penalty": 1.5}, {"encoder_no_repeat_ngram_size": 1}])
+def test_what_looks_at_the_prompt_does_not_stumble_over_placeholders(model, prompts, option):
+    words = model.generate(**prompts, **GREEDY, **option)[:, prompts["input_ids"].shape[1] :]
+    assert words.shape == (BATCH, NEW)
+    if "encoder_no_repeat_ngram_size" in option:
+        assert not any(
+            set(new) & set(old) for new, old in zip(words.tolist(), prompts["input_ids"].tolist(), strict=True)
+        )
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("size", [2, 5, 64])
+def test_the_prompt_may_be_read_in_chunks(model, processor, size, beams):
+    settings = GREEDY | {"num_beams": beams}
+    texts = ["x y <|audio|> and <|audio|> end", "<|audio|> what is this"]
+    inputs = processor(text=texts, audio=[noise(0.8), noise(0.4, 1), noise(0.6, 2)], sampling_rate=16000)
+    assert torch.equal(
+        model.generate(**inputs, **settings, prefill_chunk_size=size), model.generate(**inputs, **settings)
+    )
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), "1", [0.5]])
+def test_a_guide_weight_that_is_no_number_is_refused(model, prompts, weight):
+    with pytest.raises(ValueError, match=r"token_guide_weight=.* must be a finite number"):
+        model.generate(**prompts, token_guide_weight=weight)
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_an_assistant_changes_nothing(model, processor, same):
     prompt = processor(audio=noise(0.8), sampling_rate=16000)

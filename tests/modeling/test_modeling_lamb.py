@@ -526,3 +526,32 @@ def test_training_never_looks_the_placeholder_up(processor, training_batch):
     model(**training_batch).loss.backward()
     gradient = model.get_input_embeddings().weight.grad
     assert gradient[5:].any() and not gradient[VOCAB_SIZE].any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_semantic_queries": -1}, "num_semantic_queries=-1 must be at least 0"),
+        ({"conv_kernel_sizes": []}, "must be odd numbers"),
+        ({"conv_kernel_sizes": [-1]}, "must be odd numbers"),
+        ({"adapter_num_attention_heads": -2}, "adapter_num_attention_heads=-2"),
+        ({"gru_num_layers": 0}, "gru_num_layers=0 must be at least 1"),
+        ({"guide_weight_init": float("nan")}, "guide_weight_init=nan"),
+        ({"info_nce_temperature": float("nan")}, "info_nce_temperature=nan"),
+        ({"audio_config": {"model_type": "ced", "num_attention_heads": 0}}, "num_attention_heads=0 must be at least 1"),
+        (
+            {"text_config": {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 1}},
+            "keeps no key-value cache",
+        ),
+    ],
+)
+def test_wrong_configurations_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LambForAudioCaptioning(tiny_config(**settings))
+
+
+def test_placeholders_among_the_labels_are_not_predicted(model, training_batch):
+    labels = training_batch["labels"].masked_fill(
+        training_batch["input_ids"] == model.config.audio_token_id, VOCAB_SIZE
+    )
+    assert torch.equal(model(**training_batch | {"labels": labels}).loss, model(**training_batch).loss)

@@ -152,6 +152,19 @@ def test_padding_truncation_and_multiples(extractor):
         shapes(padding=False)
 
 
+def test_padding_on_the_left_is_not_heard(extractor):
+    left = type(extractor)(padding_side="left")
+    clips = [noise(1.0), noise(0.3, 1)]
+    for mine, theirs in zip(left(clips, 16000).values(), extractor(clips, 16000).values(), strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_bfloat16_is_read_as_what_it_rounds_to(extractor):
+    wave = torch.from_numpy(noise(0.5)).bfloat16()
+    features = [extractor(clip, 16000)["input_features"][0] for clip in (wave, wave.float())]
+    assert np.array_equal(*features)
+
+
 def test_a_truncated_clip_is_the_cut_clip(extractor):
     wave = noise(1.0)
     cut = extractor(wave, sampling_rate=16000, truncation=True, max_length=8000, return_tensors="pt")
@@ -210,11 +223,25 @@ def broken(value):
         ([noise(1.0), noise(0.1)], "Clip 1 has 1600 samples"),
         (broken(np.nan), "Clip 0 holds NaN or infinite"),
         ([noise(1.0), broken(-np.inf)], "Clip 1 holds NaN or infinite"),
+        (noise(1.0) * np.float32(1e20), "Clip 0 has samples as large as"),
+        (noise(1.0).astype(np.float64) * 1e40, "Clip 0 has samples as large as"),
         ((noise(1.0) * 32767).astype(np.int16), "Clip 0 holds int16, expected floats"),
         (np.zeros((1, 2, 16000), dtype=np.float32), r"Clip 0 has the shape \(2, 16000\), expected mono"),
         ([noise(1.0), np.zeros((2, 16000), dtype=np.float32)], "Clip 1 has the shape"),
     ],
-    ids=["empty", "empty list", "one sample", "short", "nan", "inf", "integers", "stereo", "stereo in a list"],
+    ids=[
+        "empty",
+        "empty list",
+        "one sample",
+        "short",
+        "nan",
+        "inf",
+        "loud",
+        "louder",
+        "integers",
+        "stereo",
+        "stereo in a list",
+    ],
 )
 def test_bad_audio_is_refused_by_number(extractor, clip, message):
     with pytest.raises(ValueError, match=message):

@@ -316,11 +316,16 @@ def test_silence_is_captioned_without_nan(captioner, model, processor):
         ({"on_error": "ignore"}, "on_error='ignore' must be"),
         ({"chunk_length_s": 0}, "chunk_length_s=0 must be a positive"),
         ({"chunk_length_s": 0.05}, "chunk_length_s=0.05"),
+        ({"chunk_length_s": float("nan")}, "chunk_length_s=nan must be a positive"),
+        ({"return_timestamps": "word"}, "return_timestamps='word' must be"),
+        ({"prompt": ["a", "b"]}, "must be one text"),
+        ({"sampling_rate": float("nan")}, "sampling_rate=nan of an array"),
+        ({"sampling_rate": 1}, "sampling_rate=1 of an array"),
     ],
 )
 def test_wrong_arguments(captioner, wave, options, message):
     with pytest.raises(ValueError, match=message):
-        captioner(wave, sampling_rate=16000, **options)
+        captioner(wave, **{"sampling_rate": 16000} | options)
 
 
 # -- saved -------------------------------------------------------------------------------------------------------------

@@ -221,6 +221,19 @@ def test_nothing_to_hear_is_refused_whatever_the_extractor(name, samples, value,
         processor(audio=[noise(0.5), np.full(samples, value, dtype=np.float32)], sampling_rate=16000)
 
 
+@pytest.mark.parametrize("name", ENCODERS)
+def test_the_mask_is_that_of_the_frames_or_none(name, tokenizer):
+    processor = LambProcessor(ENCODERS[name][1](), tokenizer, num_audio_tokens=4)
+    given = {"audio": [noise(0.4), noise(0.8, 1)], "sampling_rate": 16000}
+    expected = processor(**given)
+    frames = expected["input_features_mask"].shape[-1]
+    assert frames in expected["input_features"].shape
+    for kind in ("np", None):
+        masks = processor(**given, return_tensors=kind)["input_features_mask"]
+        assert np.array_equal(np.stack(list(masks)), expected["input_features_mask"].numpy())
+    assert "input_features_mask" not in processor(**given, return_attention_mask=False)
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -231,7 +244,9 @@ def test_nothing_to_hear_is_refused_whatever_the_extractor(name, samples, value,
         ({"captions": ["A dog."]}, "Got 1 captions for 2 prompts"),
         ({"captions": ["A dog.", "An <|audio|>."]}, r"Caption 1 contains the audio placeholder <\|audio\|>"),
         ({"captions": ["A dog.", " \n"]}, "Caption 1 is empty"),
+        ({"captions": ["A dog.", None]}, "Caption 1 is None, expected a text"),
         ({"text": ["What?"]}, "Got 1 texts for 2 clips"),
+        ({"text": ["What?", ["Who?"]]}, "must be a text, or a list of texts"),
         ({"caption": ["A dog.", "Rain."]}, r"Unknown arguments \['caption'\]"),
         ({"sampling_rate": 44100}, "sampling_rate=44100 Hz, expected 16000"),
         ({"audio": [np.zeros(16000, dtype=np.float32), np.full(16000, np.nan, dtype=np.float32)]}, "Clip 1 holds NaN"),
