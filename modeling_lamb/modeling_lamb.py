@@ -498,8 +498,9 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
         return processors
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        generator = super()._get_candidate_generator(*args, **kwargs)
-        if isinstance(generator, PromptLookupCandidateGenerator):  # it finds placeholders too, which are no words
+        generator: Any = super()._get_candidate_generator(*args, **kwargs)
+        lookup = isinstance(generator, PromptLookupCandidateGenerator)
+        if lookup:  # it finds placeholders too, which are no words
             generator.vocab_size = max(generator.vocab_size, self.config.audio_token_id + 1)
             look_up = generator.get_candidates
 
