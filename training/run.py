@@ -169,7 +169,7 @@ def _trainer(
         "prediction_loss_only": True,
         "use_cpu": on_cpu(),
     }
-    if recipe.shuffle_buffer is not None:  # each rank reads its own shards; batches of one rank do not fit others'
+    if recipe.shuffle_buffer is not None:  # each rank reads its own shards, and pads its own batches
         settings["accelerator_config"] = {"dispatch_batches": False}
     settings |= stage.training
     if validation is None:
