@@ -48,4 +48,4 @@ train-mini: $(VENV)/.soundfont
 
 train-smoke: $(VENV)/.soundfont
 	$(BIN)/python train.py configs/recipes/smoke.yaml
-	$(BIN)/lamb caption "$$(ls examples/*.flac | head -n 1)" --model runs/smoke
+	$(BIN)/lamb caption "$$(ls examples/*.mp3 | head -n 1)" --model runs/smoke

@@ -344,7 +344,7 @@ def test_the_card_says_what_was_measured_and_nothing_else(run_folder):
     assert "tones, 4 clips, 1 missing" in card.text and "It is tiny and random." in card.text
     assert "Not computed: SPICE" in card.text and "| CIDEr-D | 91.1 |" in card.text  # the paper's, in its own column
     (result,) = card.data.eval_results
-    assert result.metric_value == 0.5 and "n 40" in result.metric_name
+    assert result.metric_value == 0.5 and "greedy decoding, n 40" in result.metric_name
     assert not any(residue in card.content for residue in ("{{", "{%", "None", "TODO"))
 
 

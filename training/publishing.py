@@ -238,16 +238,20 @@ def _scores(scores: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
             for c in CONTROL_COLUMNS
         ]
         controls.append({"name": name.replace("_", " "), "cells": cells})
-    beams = scores["generation"].get("num_beams", 1)
-    decoding = "greedy decoding" if beams == 1 else f"{beams} beams"
     return {
-        "intro": f"{said.get('test_set', 'Test split')}, {scores['clips']} clips, {decoding}; measured by `score.py`, with "
+        "intro": f"{said.get('test_set', 'Test split')}, {scores['clips']} clips, {_decoding(scores)}; measured by `score.py`, with "
         f"bootstrap intervals over clips. Words were split by the {'Penn Treebank' if scores['tokenizer'] == 'ptb' else 'Python'} tokenizer.",
         "rows": [{"name": METRICS[name]} | value for name, value in _measured(scores).items()],
         "controls": controls,
         "columns": [METRICS[name] for name in CONTROL_COLUMNS],
         "skipped": [METRICS.get(name, name) for name in scores.get("skipped", {})],
     }
+
+
+def _decoding(scores: dict[str, Any]) -> str:
+    beams = scores["generation"].get("num_beams", 1)
+    weight = scores["generation"].get("token_guide_weight")
+    return ("greedy decoding" if beams == 1 else f"{beams} beams") + ("" if weight is None else f", guide {weight}")
 
 
 def _eval_results(scores: dict[str, Any], said: dict[str, Any]) -> list[EvalResult]:
@@ -259,7 +263,7 @@ def _eval_results(scores: dict[str, Any], said: dict[str, Any]) -> list[EvalResu
             dataset_name=said.get("test_set", "test split"),
             dataset_split="test",
             metric_type=name,
-            metric_name=f"{METRICS[name]} (n {value['n']}, 95 % {value['low']:.3f} to {value['high']:.3f})",
+            metric_name=f"{METRICS[name]} ({_decoding(scores)}, n {value['n']}, 95 % {value['low']:.3f} to {value['high']:.3f})",
             metric_value=round(value["value"], 4),
         )
         for name, value in _measured(scores).items()

@@ -72,9 +72,10 @@ def _rows(
     recipe: Recipe, source: Source, model: LambForAudioCaptioning, processor: LambProcessor, random_crop: bool
 ) -> OneRowPerCaption:
     clips, name = source.read()
-    _note_data(Path(recipe.output_dir), name, len(clips), source)
+    left_out = {} if source.report is None else {why: len(ids) for why, ids in source.report.left_out.items()}
     if not recipe.cache_encoder_tokens:
         rate = processor.feature_extractor.sampling_rate
+        _note_data(Path(recipe.output_dir), name, len(clips), left_out)
         waveforms = WaveformClips(clips, rate, recipe.max_seconds, random_crop)
         return OneRowPerCaption(waveforms, caption_counts(clips))
     if not model.config.freeze_audio_encoder or model.config.audio_peft_config is not None:
@@ -90,17 +91,18 @@ def _rows(
         recipe.preprocessing_num_workers,
         recipe.max_seconds,
     )
+    unreadable = {"unreadable": len(encoded.skipped)} if encoded.skipped else {}
+    _note_data(Path(recipe.output_dir), name, len(encoded), left_out | unreadable)
     return OneRowPerCaption(encoded, [len(item["captions"]) for item in encoded.items])
 
 
-def _note_data(folder: Path, name: str, clips: int, source: Source) -> None:
+def _note_data(folder: Path, name: str, clips: int, left_out: dict[str, int]) -> None:
     """Keeps in `data.json` how many clips of each source are used, and how many are not and why."""
     if not processes().is_main_process:
         return
     file = folder / "data.json"
     folder.mkdir(parents=True, exist_ok=True)
     noted = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-    left_out = {} if source.report is None else {why: len(ids) for why, ids in source.report.left_out.items()}
     noted = [entry for entry in noted if entry["name"] != name] + [{"name": name, "clips": clips, "left_out": left_out}]
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(noted, indent=2), encoding="utf-8")
