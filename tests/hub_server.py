@@ -162,6 +162,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _tree(self, body: bytes, repo: str, revision: str, folder: str = "") -> None:
         files = self.hub.files(repo, revision) or {}
+        if folder:
+            files = {name: content for name, content in files.items() if name.startswith(f"{folder}/")}
+            if not files:
+                return self._answer(404, {"error": "no such folder"}, {"X-Error-Code": "EntryNotFound"})
         entries = []
         for name, content in files.items():
             blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()  # as git names it

@@ -65,9 +65,14 @@ def build_repository(
     """
     run, out = Path(run), Path(out)
     model, processor = LambForAudioCaptioning.from_pretrained(run, dtype="auto"), LambProcessor.from_pretrained(run)
+    weights = model.state_dict()
     if merge:
-        model.merge_adapters()
-    model.save_pretrained(out, save_backbones=merge or None, max_shard_size=max_shard_size)
+        weights = model.merge_adapters().state_dict()
+    else:  # in the precision in which the run keeps them
+        for file in run.glob("*.safetensors"):
+            with safe_open(file, framework="pt") as kept:
+                weights |= {key: weights[key].to(kept.get_tensor(key).dtype) for key in kept.keys()}  # noqa: SIM118
+    model.save_pretrained(out, state_dict=weights, save_backbones=merge or None, max_shard_size=max_shard_size)
     processor.save_pretrained(out)
     for name in ("recipe.yaml", "environment.json", "data.json", "scores/scores.json"):
         if (run / name).is_file():
