@@ -24,7 +24,7 @@ _INPUTS = "predictions: list of captions. references: list of lists of captions.
 NEEDS_JAVA = "needs Java: install a Java runtime (11 or 17) and put `java` on the PATH"
 NEEDS_CORENLP = (
     "needs the CoreNLP 3.6.0 jars and Java 8 or 11: unpack stanford-corenlp-full-2015-12-09.zip from nlp.stanford.edu and "
-    "put stanford-corenlp-3.6.0.jar and stanford-corenlp-3.6.0-models.jar into {}"
+    "put stanford-corenlp-3.6.0.jar and stanford-corenlp-3.6.0-models.jar into pycocoevalcap/spice/lib, where pip installed it"
 )
 NEEDS_FENSE = "needs its models: `pip install aac-metrics` and `aac-metrics-download`"
 ERROR_PENALTY = 0.9  # of FENSE and SPIDEr-FL
@@ -94,7 +94,7 @@ class CaptioningMetrics(evaluate.Metric):
 
         library = Path(pycocoevalcap.spice.__file__).parent / "lib"
         if not java or len(list(library.glob("stanford-corenlp-3.6.0*.jar"))) < 2:
-            skipped["spice"] = skipped["spider"] = skipped["spider_fl"] = NEEDS_CORENLP.format(library)
+            skipped["spice"] = skipped["spider"] = skipped["spider_fl"] = NEEDS_CORENLP
             return
         from pycocoevalcap.spice.spice import Spice
 
