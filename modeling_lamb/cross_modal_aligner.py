@@ -74,7 +74,7 @@ def cauchy_schwarz_divergence(
     Cauchy-Schwarz divergence of two sets of vectors by kernel density estimation (Eq. 6, and Eq. 7 per sample).
 
     It is computed in float32 and in the log domain, because the kernel of two far sets underflows: finite for any
-    inputs, exactly 0 for equal sets. Unequal counts need no factor, 1/N and 1/M cancel.
+    inputs, 0 up to rounding for equal sets. Unequal counts need no factor, 1/N and 1/M cancel.
 
     Args:
         x, y: `(..., N, D)` and `(..., M, D)`.
