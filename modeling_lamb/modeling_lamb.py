@@ -43,6 +43,11 @@ logger = logging.get_logger(__name__)
 # How the backbones of a small checkpoint are downloaded: as the checkpoint itself.
 _download_options: ContextVar[dict[str, Any] | None] = ContextVar("download_options", default=None)
 
+AUDIO_WITH_EMBEDS = (
+    "Audio was given with inputs_embeds, which hold theirs already: give input_ids with placeholders instead, which the "
+    "Token Guide needs as well."
+)
+
 
 @dataclass
 class LambOutput(ModelOutput):
@@ -319,10 +324,15 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
             alignment_only: compute the aligner's losses and no logits, to train the adapter without running the LLM.
 
         Raises:
-            ValueError: when placeholders and audio embeddings do not match, or alignment_only comes without audio or labels.
+            ValueError: when placeholders and audio embeddings do not match, audio comes with inputs_embeds, or
+                alignment_only without audio or labels.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
+        if input_ids is None and any(
+            audio is not None for audio in (input_features, audio_hidden_states, audio_embeds)
+        ):
+            raise ValueError(AUDIO_WITH_EMBEDS)
         if input_ids is not None:
             if input_features is not None or audio_hidden_states is not None:
                 clips = self.get_audio_features(
@@ -464,10 +474,7 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
         given = {name: model_kwargs.pop(name, None) for name in sources}
         if input_ids is None or model_input_name != "input_ids":
             if any(value is not None for value in given.values()):
-                raise ValueError(
-                    "Audio was given with inputs_embeds, which hold theirs already: give input_ids with placeholders instead, "
-                    "which the Token Guide needs as well."
-                )
+                raise ValueError(AUDIO_WITH_EMBEDS)
             return model_kwargs
         if given["input_features"] is not None or given["audio_hidden_states"] is not None:
             clips = self.get_audio_features(**given, return_dict=True).pooler_output
@@ -479,6 +486,13 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
                 model_kwargs["token_guide_scores"] = self._guide_bias(
                     audio_embeds, self._audio_mask(input_ids, audio_embeds)
                 )
+        elif (
+            weight != 0 and self.config.guide_metric != "none" and bool((input_ids == self.config.audio_token_id).any())
+        ):
+            logger.warning(
+                "input_ids hold audio placeholders, but no audio was given: the cache may know it, the Token Guide does not, and "
+                "leaves the tokens to come alone. Give the audio again, or token_guide_weight=0."
+            )
         return model_kwargs
 
     def _get_logits_processor(self, generation_config: GenerationConfig, **kwargs: Any) -> LogitsProcessorList:

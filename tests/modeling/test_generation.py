@@ -1,5 +1,7 @@
 """What Transformers' generation and export suites ask of a model: ways to decode, to go on, to compile and to export."""
 
+import copy
+
 import pytest
 import torch
 from conftest import noise, randomized, tiny_config
@@ -137,6 +139,16 @@ def test_going_on_is_as_if_never_stopped(model, prompts, greedy, cached):
     cache = {"past_key_values": first.past_key_values} if cached else {}
     output = model.generate(**longer(prompts, first.sequences), **cache, do_sample=False, max_new_tokens=5)
     assert torch.equal(output, greedy)
+
+
+def test_going_on_without_the_audio_is_said_to_be_unguided(model, prompts, caplog):
+    first = model.generate(**prompts, do_sample=False, max_new_tokens=3, return_dict_in_generate=True)
+    known = {name: longer(prompts, first.sequences)[name] for name in ("input_ids", "attention_mask")}
+    for weight, warned in ((0.0, False), (0.5, True)):
+        caplog.clear()
+        cache = copy.deepcopy(first.past_key_values)
+        model.generate(**known, **GREEDY, past_key_values=cache, token_guide_weight=weight)
+        assert ("no audio was given" in caplog.text) == warned
 
 
 def test_a_second_clip_after_the_first_caption(model, processor):

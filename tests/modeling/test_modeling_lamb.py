@@ -124,6 +124,8 @@ def test_ids_and_embeddings_exclude_each_other(model, prompts):
         model()
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         model(**prompts, inputs_embeds=torch.zeros(3, 4, 48))
+    with pytest.raises(ValueError, match="hold theirs already"):
+        model(inputs_embeds=torch.zeros(3, 4, 48), input_features=prompts["input_features"])
 
 
 @torch.no_grad()
