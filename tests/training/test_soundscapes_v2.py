@@ -4,12 +4,14 @@ import io
 import struct
 import subprocess
 import tarfile
+import zipfile
 import zlib
 
 import numpy as np
 import pytest
 import soundfile
 from training_lamb.event_scores import named_classes
+from training_lamb.recipe import Source
 from training_lamb.soundscapes import sources
 from training_lamb.soundscapes.containers import cat_members, rcc_members, read_audio
 from training_lamb.soundscapes.sources import fetch, package_folder, read_classes
@@ -82,10 +84,15 @@ def test_families_lie_in_one_split():
 def test_a_package_broken_half_way_is_fetched_anew(tmp_path, monkeypatch):
     monkeypatch.setenv("LAMB_CACHE", str(tmp_path))
     whole = io.BytesIO()
+    game = io.BytesIO()
+    with zipfile.ZipFile(game, "w") as members:
+        members.writestr("map.png", b"a picture")
+        members.writestr("bark.wav", _wav())
     with tarfile.open(fileobj=whole, mode="w") as files:
-        entry = tarfile.TarInfo("./usr/share/scratch/Media/Sounds/Animal/Dog1.wav")
-        entry.size = len(_wav())
-        files.addfile(entry, io.BytesIO(_wav()))
+        for name, content in (("Animal/Dog1.wav", _wav()), ("game.zip", game.getvalue())):
+            entry = tarfile.TarInfo(f"./usr/share/scratch/Media/Sounds/{name}")
+            entry.size = len(content)
+            files.addfile(entry, io.BytesIO(content))
     served = [whole.getvalue()[:700], whole.getvalue()]
 
     def download(command, cwd, **kwargs):
@@ -110,3 +117,19 @@ def test_a_package_broken_half_way_is_fetched_anew(tmp_path, monkeypatch):
     assert fetch(["scratch"]) == {}
     found = sources.read_recordings()
     assert [(r.class_name, r.split, r.path[-8:]) for r in found] == [("dog", "train", "Dog1.wav")]
+    (kept,) = package_folder("scratch").rglob("game.zip")
+    assert zipfile.ZipFile(kept).namelist() == ["bark.wav"]  # its sounds alone
+
+
+def test_a_recipe_may_take_some_packages_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("LAMB_CACHE", str(tmp_path))
+    for package, sound in (("scratch", "usr/share/scratch/Media/Sounds/Animal/Dog1.wav"), ("freecol", "unused.wav")):
+        (package_folder(package) / sound).parent.mkdir(parents=True)
+        (package_folder(package) / sound).write_bytes(_wav())
+    chosen = {"split": "train", "clips": 2, "packages": ["scratch"]}
+    clips, name = Source(soundscapes=chosen).read()
+    assert len(clips) == 2 and clips.corpus.names == ["dog"]
+    assert (
+        name.startswith("soundscapes-2-train-")
+        and name != Source(soundscapes=chosen | {"packages": ["scratch", "freecol"]}).read()[1]
+    )

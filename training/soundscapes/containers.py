@@ -17,6 +17,7 @@ import soundfile
 import soxr
 
 SAMPLING_RATE = 16000
+SOUNDS = {".wav", ".ogg", ".oga", ".flac", ".mp3", ".aiff"}  # endings of what is read
 _RENDER_RATE = 44100
 
 
@@ -75,7 +76,7 @@ def cat_members(data: bytes) -> dict[str, bytes]:
 
 
 def members(path: Path) -> dict[str, bytes]:
-    """Inner path -> bytes of a zip, Qt resource or sample catalogue; read once as long as the file stays the same."""
+    """Inner path -> bytes of the sounds in a zip, Qt resource or sample catalogue; read once while the file is the same."""
     return _members(path, path.stat().st_mtime)
 
 
@@ -83,7 +84,7 @@ def members(path: Path) -> dict[str, bytes]:
 def _members(path: Path, _stamp: float) -> dict[str, bytes]:
     if path.suffix in (".pk3", ".zip"):
         with zipfile.ZipFile(path) as archive:
-            return {name: archive.read(name) for name in archive.namelist()}
+            return {name: archive.read(name) for name in archive.namelist() if Path(name).suffix.lower() in SOUNDS}
     return {".rcc": rcc_members, ".cat": cat_members}[path.suffix](path.read_bytes())
 
 

@@ -111,11 +111,11 @@ class SoundscapeCorpus:
         sounds = [self._sound(draw, name, MAX_EVENT[count]) for name in chosen]
         onsets, seconds = _onsets(draw, kind, [len(sound) / SAMPLING_RATE for sound in sounds])
         audio = np.zeros(round(seconds * SAMPLING_RATE), np.float32)
-        events = []
+        events, loudness = [], float(draw.uniform(-29, -21))
         for position, (name, sound, onset) in enumerate(zip(chosen, sounds, onsets, strict=True)):
-            level = float(draw.uniform(-32, -18)) - (
-                float(draw.uniform(6, 10)) if kind == "background" and position else 0
-            )
+            level = loudness + float(draw.uniform(-3, 3))  # far below another event nobody would hear it
+            if kind == "background" and position:
+                level -= float(draw.uniform(4, 8))
             start = round(onset * SAMPLING_RATE)
             sound = sound[: len(audio) - start] * 10 ** (level / 20)
             audio[start : start + len(sound)] += sound
@@ -236,10 +236,11 @@ def _caption(draw: np.random.Generator, kind: str, classes: list[SoundClass]) ->
 
 
 class SoundscapeClips(Sequence[Clip]):
-    """The first `clips` soundscapes of a split, composed when they are asked for."""
+    """The first `clips` soundscapes of a split, composed when they are asked for, of the recordings of `packages` if given."""
 
-    def __init__(self, split: str, clips: int, seed: int = 0) -> None:
-        self.corpus, self.clips = SoundscapeCorpus(split, seed), clips
+    def __init__(self, split: str, clips: int, seed: int = 0, packages: Sequence[str] | None = None) -> None:
+        recordings = [row for row in read_recordings() if packages is None or row.package in packages]
+        self.corpus, self.clips = SoundscapeCorpus(split, seed, recordings), clips
 
     def __len__(self) -> int:
         return self.clips

@@ -6,6 +6,7 @@ import os
 import subprocess
 import tarfile
 import tempfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +15,11 @@ from transformers.utils import logging
 
 from modeling_lamb.packaged_backbone import cache_folder
 
-from .containers import members
+from .containers import SOUNDS, members
 
 logger = logging.get_logger(__name__)
 FOLDER = Path(__file__).parent
-KEPT = {".wav", ".ogg", ".oga", ".flac", ".mp3", ".pk3", ".rcc", ".cat", ".sf2"}
+KEPT = SOUNDS | {".zip", ".pk3", ".rcc", ".cat", ".sf2"}
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,19 @@ def _unpack(package: str, folder: Path) -> None:
                     files.extract(file, Path(work) / "unpacked", filter="data")
         if unpacking.returncode:
             raise OSError(f"dpkg-deb stopped with {unpacking.returncode} on {archive.name}")
+        for archive in (Path(work) / "unpacked").rglob("*.zip"):
+            _keep_sounds(archive)
         os.replace(Path(work) / "unpacked", folder)
+
+
+def _keep_sounds(archive: Path) -> None:
+    """Leaves nothing else in a zip: a game's pictures and maps may be gigabytes."""
+    smaller = archive.with_suffix(".smaller")
+    with zipfile.ZipFile(archive) as whole, zipfile.ZipFile(smaller, "w") as kept:
+        for member in whole.infolist():
+            if Path(member.filename).suffix.lower() in SOUNDS:
+                kept.writestr(member, whole.read(member))
+    os.replace(smaller, archive)
 
 
 def read_recordings() -> list[Recording]:
