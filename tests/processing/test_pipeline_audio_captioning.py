@@ -157,6 +157,30 @@ def test_batches_say_what_single_clips_say(captioner, batch_size):
     assert captioner(clips, batch_size=batch_size, **OPTIONS) == expected
 
 
+class Noises(torch.utils.data.Dataset):
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, number):
+        if number >= len(self):
+            raise IndexError(number)  # without `__iter__`, this ends a loop over it
+        return {"array": noise(0.4 + 0.1 * number, number), "sampling_rate": 16000}
+
+
+def test_generators_and_data_sets_read_by_a_worker_say_the_same(captioner):
+    clips = [Noises()[number] for number in range(10)]
+    expected = [captioner(clip, **OPTIONS) for clip in clips]
+    assert list(captioner((clip for clip in clips), batch_size=4, **OPTIONS)) == expected
+    assert list(captioner(Noises(), batch_size=4, num_workers=1, **OPTIONS)) == expected
+
+
+def test_the_models_settings_are_left_alone(model, processor, wave):
+    config, generation = model.config.to_dict(), model.generation_config.to_dict()
+    several = pipeline("audio-captioning", model=model, processor=processor, num_beams=3, max_new_tokens=4)
+    several(wave, sampling_rate=16000, num_return_sequences=2)
+    assert model.config.to_dict() == config and model.generation_config.to_dict() == generation
+
+
 def test_several_captions_a_clip(captioner, wave, file):
     result = captioner(str(file), num_return_sequences=3, num_beams=3, **OPTIONS)
     assert len(result) == 3 and len({item["generated_text"] for item in result}) == 3
@@ -333,6 +357,8 @@ def test_wrong_arguments(captioner, wave, options, message):
 
 def test_a_saved_pipeline_says_the_same(captioner, expected, file, tmp_path):
     captioner.save_pretrained(tmp_path / "1")
+    half = pipeline("audio-captioning", model=tmp_path / "1", dtype="bfloat16")
+    assert half.model.dtype == torch.bfloat16 and half(str(file), **OPTIONS)[0]["generated_text"]
     again = pipeline("audio-captioning", model=str(tmp_path / "1"))
     assert type(again) is AudioCaptioningPipeline and again(str(file), **OPTIONS) == expected
     again.save_pretrained(tmp_path / "2")
