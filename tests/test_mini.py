@@ -18,6 +18,7 @@ HEARD = {
     "horse": "horse",
     "pig": "pig",
     "rooster": "rooster",
+    "sheep": "sheep",
 }
 
 
