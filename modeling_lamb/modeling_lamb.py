@@ -36,7 +36,7 @@ from .configuration_lamb import LambConfig
 from .cross_modal_aligner import CrossModalAligner, masked_mean
 from .packaged_backbone import resolve_backbone
 from .token_guide import TokenGuide, TokenGuideLogitsProcessor
-from .two_stream_adapter import ADAPTERS, QFormerAdapter, QueryAttention
+from .two_stream_adapter import ADAPTERS, QFormerAdapter, QueryAttention, TwoStreamAdapter
 
 logger = logging.get_logger(__name__)
 
@@ -578,7 +578,14 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (QueryAttention, QFormerAdapter)):
+        if isinstance(module, TwoStreamAdapter):
+            # With the small weights of an LLM every query sees the plain mean of the tokens, and learns to choose slowly.
+            for part in module.modules():
+                if isinstance(part, (nn.Linear, nn.Conv1d)):
+                    init.xavier_uniform_(part.weight)
+                elif isinstance(part, QueryAttention):
+                    init.normal_(part.query)
+        elif isinstance(module, QFormerAdapter):
             init.normal_(module.query, std=self.config.initializer_range)
         elif isinstance(module, nn.GRU):
             bound = module.hidden_size**-0.5

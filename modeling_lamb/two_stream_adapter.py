@@ -87,7 +87,9 @@ class TwoStreamAdapter(nn.Module):
     def __init__(self, config: LambConfig, encoder_hidden_size: int, text_hidden_size: int) -> None:
         super().__init__()
         width, heads = config.adapter_hidden_size or encoder_hidden_size, config.adapter_heads
-        self.input_proj = nn.Linear(encoder_hidden_size, width) if width != encoder_hidden_size else nn.Identity()
+        self.input_proj: nn.Module = nn.Identity()
+        if width != encoder_hidden_size:  # the paper keeps the encoder's width
+            self.input_proj = nn.Sequential(nn.Linear(encoder_hidden_size, width), nn.GELU(), nn.LayerNorm(width))
         self.temporal: QueryAttention | None = None
         self.semantic = (
             QueryAttention(config.num_semantic_queries, width, heads) if config.num_semantic_queries else None

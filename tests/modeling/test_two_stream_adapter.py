@@ -6,7 +6,7 @@ from conftest import randomized, tiny_config
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from modeling_lamb import TwoStreamAdapter
+from modeling_lamb import LambForAudioCaptioning, TwoStreamAdapter
 from modeling_lamb.two_stream_adapter import ADAPTERS, LinearAdapter, MaskedBiGRU, QFormerAdapter
 
 WIDTH, TEXT_WIDTH, BANDS = 32, 48, 4
@@ -147,7 +147,17 @@ def test_every_parameter_learns(adapter_type):
 def test_a_width_of_its_own_is_projected_to():
     module = adapter(adapter_hidden_size=64)
     tokens, mask = grid()
-    assert module.input_proj.weight.shape == (64, WIDTH) and module(tokens, mask).shape == (3, 4, TEXT_WIDTH)
+    projection, _, norm = module.input_proj
+    h_a = layer_norm(norm, nn.functional.gelu(weighted(projection, tokens[0])))
+    torch.testing.assert_close(module(tokens, mask)[0], oracle(module, h_a))
+
+
+@torch.no_grad()
+def test_a_new_adapters_queries_tell_tokens_apart():
+    semantic = LambForAudioCaptioning(tiny_config(adapter_hidden_size=64)).adapter.semantic
+    keys, queries = semantic.k_proj(torch.randn(9, 64)), semantic.q_proj(semantic.query)
+    scores = queries @ keys.T / 64**0.5
+    assert scores.std() > 0.2  # 0.001 with the weights of an LLM, std 0.02
 
 
 @torch.no_grad()
