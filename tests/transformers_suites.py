@@ -2,8 +2,8 @@
 Transformers' own common test suites, to be run against LAMB's classes.
 
 They are read, never copied: from the folder in $TRANSFORMERS_SOURCE (a checkout of the repository, which holds them all),
-else from the source distribution on PyPI of the version that is installed. That carries the suites of models, pipelines, processors,
-feature extractors and configurations; those of generation and export it does not (see `tests/modeling`).
+else from the source distribution on PyPI of the version that is installed. That carries the suites of models, pipelines,
+processors, feature extractors and configurations; those of generation and export it does not (see `tests/modeling`).
 
     from transformers_suites import suite
     ModelTesterMixin = suite("test_modeling_common").ModelTesterMixin
