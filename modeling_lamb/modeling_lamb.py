@@ -578,13 +578,8 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, TwoStreamAdapter):
-            # With the small weights of an LLM every query sees the plain mean of the tokens, and learns to choose slowly.
-            for part in module.modules():
-                if isinstance(part, (nn.Linear, nn.Conv1d)):
-                    init.xavier_uniform_(part.weight)
-                elif isinstance(part, QueryAttention):
-                    init.normal_(part.query)
+        if isinstance(module, QueryAttention):
+            init.normal_(module.query)
         elif isinstance(module, QFormerAdapter):
             init.normal_(module.query, std=self.config.initializer_range)
         elif isinstance(module, nn.GRU):
@@ -599,6 +594,11 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
 
     def initialize_weights(self) -> None:
         super().initialize_weights()
+        if isinstance(self.adapter, TwoStreamAdapter):
+            # With the small weights of an LLM every query would see the mean of all tokens, and learn slowly to choose.
+            for part in self.adapter.modules():
+                if isinstance(part, (nn.Linear, nn.Conv1d)):
+                    init.xavier_uniform_(part.weight)
         # To the backbones a LoRA matrix is a Linear like any other, but B must start at zero.
         for name, module in self.named_modules():
             if name.endswith(".lora_A.default"):

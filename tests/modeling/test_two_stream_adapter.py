@@ -152,9 +152,10 @@ def test_a_width_of_its_own_is_projected_to():
     torch.testing.assert_close(module(tokens, mask)[0], oracle(module, h_a))
 
 
+@pytest.mark.parametrize("build", [LambForAudioCaptioning, LambForAudioCaptioning.from_backbones])
 @torch.no_grad()
-def test_a_new_adapters_queries_tell_tokens_apart():
-    semantic = LambForAudioCaptioning(tiny_config(adapter_hidden_size=64)).adapter.semantic
+def test_a_new_adapters_queries_tell_tokens_apart(build):
+    semantic = build(tiny_config(adapter_hidden_size=64)).adapter.semantic
     keys, queries = semantic.k_proj(torch.randn(9, 64)), semantic.q_proj(semantic.query)
     scores = queries @ keys.T / 64**0.5
     assert scores.std() > 0.2  # 0.001 with the weights of an LLM, std 0.02
