@@ -110,6 +110,10 @@ class AudioCaptioningPipeline(ChunkPipeline):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.processor is None:
+            raise ValueError(
+                "The pipeline needs the model's own processor: pass `processor=LambProcessor.from_pretrained(...)`."
+            )
         # Clips are batched by the processor; the library would refuse a tokenizer and an extractor that pad differently.
         self.feature_extractor = None
 

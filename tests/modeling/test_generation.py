@@ -6,6 +6,8 @@ import pytest
 import torch
 from conftest import noise, randomized, tiny_config
 from transformers import CompileConfig
+from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+from transformers.exporters.utils import decompose_for_generation, get_leaf_tensors
 
 from modeling_lamb import LambForAudioCaptioning
 
@@ -223,12 +225,27 @@ def test_training_compiles(model, processor):
 # -- torch.export ------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
+def exported(module, inputs, dynamic):
+    """Leaves of what a module's exported program returns, and of what the module itself does."""
+    program = DynamoExporter().export(module, inputs, config=DynamoConfig(dynamic=dynamic))
+    return [get_leaf_tensors(run(**copy.deepcopy(dict(inputs)))) for run in (program, module)]
+
+
 @pytest.mark.filterwarnings("ignore:The tensor attributes")  # nn.GRU's own
-def test_the_model_exports(model, prompts):
-    inputs = dict(prompts) | {"use_cache": False}
-    program = torch.export.export(model, (), inputs)
-    torch.testing.assert_close(program.module()(**inputs).logits, model(**inputs).logits)
+@pytest.mark.parametrize("dynamic", [False, True])
+@torch.no_grad()
+def test_the_librarys_exporter_takes_the_model(model, prompts, dynamic):
+    result, expected = exported(model, dict(prompts) | {"use_cache": False}, dynamic)
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_the_librarys_exporter_takes_prefill_and_decode_steps(model, prompts):
+    parts = decompose_for_generation(model, dict(prompts))
+    assert list(parts) == ["language_model", "decode"]
+    for module, inputs in parts.values():
+        result, expected = exported(module, inputs, dynamic=False)
+        torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -352,6 +352,11 @@ def test_wrong_arguments(captioner, wave, options, message):
         captioner(wave, **{"sampling_rate": 16000} | options)
 
 
+def test_without_its_processor_it_says_what_to_pass(model, tokenizer):
+    with pytest.raises(ValueError, match="pass `processor="):
+        AudioCaptioningPipeline(model=model, tokenizer=tokenizer)
+
+
 # -- saved -------------------------------------------------------------------------------------------------------------
 
 

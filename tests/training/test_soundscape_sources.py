@@ -1,4 +1,4 @@
-"""What the wider table adds: containers made in code, phrases that no other class claims, packages broken half way."""
+"""Where recordings come from: containers made in code, phrases that no other class claims, packages half fetched."""
 
 import io
 import struct
