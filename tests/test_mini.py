@@ -18,7 +18,6 @@ HEARD = {
     "horse": "horse",
     "pig": "pig",
     "rooster": "rooster",
-    "sheep": "sheep",
 }
 
 
