@@ -30,7 +30,8 @@ class LambConfig(PreTrainedConfig):
         audio_token_id (`int`): id of the audio placeholder in `input_ids`. It is never looked up in the LLM's table
             and may lie beyond its end.
         adapter_type: `two_stream` (Eq. 1-4), or Table 2's baselines `linear` and `qformer`.
-        adapter_hidden_size (`int`, *optional*): width of the adapter; None takes the encoder's.
+        adapter_hidden_size (`int`, *optional*): width of the adapter, reached by a Linear, GELU and LayerNorm (ours); None
+            takes the encoder's.
         adapter_num_attention_heads (`int`, *optional*): H of Eq. 1; None gives heads of size 64 (ours).
         num_semantic_queries, num_temporal_queries (`int`): N_s and N_t; 0 leaves that stream out.
         num_audio_tokens (`int`): N_g, the number of audio embeddings and of placeholders per clip.

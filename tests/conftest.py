@@ -79,6 +79,13 @@ def tokenizer_json() -> str:
     return tokenizer.to_str()
 
 
+def tiny_tokenizer(trained: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of [`tokenizer_json`]'s text."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(trained), bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
 @pytest.fixture(scope="session")
 def trained_tokenizer() -> str:
     return tokenizer_json()
@@ -86,9 +93,7 @@ def trained_tokenizer() -> str:
 
 @pytest.fixture
 def tokenizer(trained_tokenizer) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(trained_tokenizer), bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    return tiny_tokenizer(trained_tokenizer)
 
 
 @pytest.fixture

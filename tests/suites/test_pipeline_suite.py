@@ -12,8 +12,7 @@ from unittest.mock import patch
 
 import numpy as np
 import soundfile
-from conftest import noise, randomized, tiny_config, tokenizer_json
-from tokenizers import Tokenizer
+from conftest import noise, randomized, tiny_config, tiny_tokenizer, tokenizer_json
 from transformers import PreTrainedTokenizerFast
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers_suites import suite
@@ -66,10 +65,8 @@ class AudioCaptioningPipelineTests:
         assert [captions(result) for result in captioner(examples, batch_size=2)] == [1] * len(examples)
         assert captions(captioner(examples[0], generate_kwargs={"num_beams": 2}, num_return_sequences=2)) == 2
         (long,) = captioner(examples[2], chunk_length_s=0.3, return_timestamps=True)
-        assert [chunk["timestamp"] for chunk in long["chunks"]] == [
-            (0.0, 0.3),
-            (0.3, 0.7),
-        ]  # a short rest joins the last window
+        times = [chunk["timestamp"] for chunk in long["chunks"]]
+        assert times == [(0.0, 0.3), (0.3, 0.7)]  # a short rest joins the last window
 
 
 def captions(result):
@@ -85,9 +82,7 @@ class LambPipelineTest(pipelines.PipelineTesterMixin, unittest.TestCase):
     def setUpClass(cls):
         folder = FOLDER / "lamb" / "LambForAudioCaptioning"
         randomized(LambForAudioCaptioning(tiny_config())).save_pretrained(folder)
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer.from_str(tokenizer_json()), bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-        )
+        tokenizer = tiny_tokenizer(tokenizer_json())
         LambProcessor(LambFeatureExtractor(), tokenizer, num_audio_tokens=4).save_pretrained(folder)
         cls.enterClassContext(patch.dict(PROCESSOR_MAPPING_NAMES, lamb="LambProcessor"))
         cls.addClassCleanup(shutil.rmtree, FOLDER)

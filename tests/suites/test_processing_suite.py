@@ -3,9 +3,7 @@
 import unittest
 from unittest.mock import patch
 
-from conftest import tokenizer_json
-from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
+from conftest import tiny_tokenizer, tokenizer_json
 from transformers_suites import suite
 
 from modeling_lamb import LambFeatureExtractor, LambProcessor
@@ -20,9 +18,7 @@ class LambProcessorTest(suite("test_processing_common").ProcessorTesterMixin, un
 
     @classmethod
     def _setup_tokenizer(cls):
-        return PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer.from_str(tokenizer_json()), bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-        )
+        return tiny_tokenizer(tokenizer_json())
 
     @staticmethod
     def prepare_processor_dict():
