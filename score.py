@@ -36,7 +36,8 @@ def main() -> None:
     )
     parser.add_argument("--against", type=Path, help="another predictions file, of the same clips")
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--beams", type=int, default=1)
+    parser.add_argument("--beams", type=int, help="beams of the search")
+    parser.add_argument("--candidates", type=int, help="captions to write, of which the nearest to the audio is kept")
     parser.add_argument("--guide_weight", type=float, help="instead of the learned one")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that encode the controls' clips")
     parser.add_argument("--out", type=Path, required=True)
@@ -48,8 +49,17 @@ def main() -> None:
 
     from training_lamb import scoring  # torch and transformers load only for real work
 
-    settings = {"num_beams": options.beams, "token_guide_weight": options.guide_weight}
+    settings = {
+        "num_beams": options.beams,
+        "num_candidates": options.candidates,
+        "token_guide_weight": options.guide_weight,
+    }
     settings = {name: value for name, value in settings.items() if value is not None}
+    if options.model:
+        own = scoring.own_settings(options.model)
+        if options.beams is not None:
+            own.pop("num_candidates", None)
+        settings = own | settings
     if options.predictions:
         rows = scoring.read_predictions(options.predictions)
     else:

@@ -1,7 +1,7 @@
 """
 The `lamb` command.
 
-    lamb caption sound.wav more.flac [--model FOLDER_OR_ID] [--prompt TEXT] [--beams 4] [--chunk-seconds 10]
+    lamb caption sound.wav more.flac [--model FOLDER_OR_ID] [--prompt TEXT] [--candidates 12] [--beams 4] [--chunk-seconds 10]
 """
 
 import argparse
@@ -17,6 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     caption.add_argument("--model", help="a LAMB folder or Hub id; without it, the model that is shipped")
     caption.add_argument("--prompt", help="what to ask instead of the model's own question")
     caption.add_argument("--beams", type=int, help="beams of the search")
+    caption.add_argument("--candidates", type=int, help="captions to write, of which the nearest to the audio is kept")
     caption.add_argument("--guide-weight", type=float, help="weight of the Token Guide instead of the learned one")
     caption.add_argument("--chunk-seconds", type=float, help="caption long recordings window by window")
     caption.add_argument("--json", action="store_true", help="one JSON object a file, with the windows' times")
@@ -36,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     settings = {
         "prompt": options.prompt,
         "num_beams": options.beams,
+        "num_candidates": options.candidates,
         "token_guide_weight": options.guide_weight,
         "chunk_length_s": options.chunk_seconds,
         "return_timestamps": True if options.chunk_seconds else None,

@@ -43,6 +43,15 @@ logger = logging.get_logger(__name__)
 # How the backbones of a small checkpoint are downloaded: as the checkpoint itself.
 _download_options: ContextVar[dict[str, Any] | None] = ContextVar("download_options", default=None)
 
+AUDIO_INPUTS = ("input_features", "input_features_mask", "audio_hidden_states", "audio_hidden_mask")
+WAYS_TO_SEARCH = (
+    "num_beams",
+    "do_sample",
+    "streamer",
+    "assistant_model",
+    "prompt_lookup_num_tokens",
+    "return_dict_in_generate",
+)
 AUDIO_WITH_EMBEDS = (
     "Audio was given with inputs_embeds, which hold theirs already: give input_ids with placeholders instead, which the "
     "Token Guide needs as well."
@@ -451,6 +460,75 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
 
     # -- generation ----------------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
+    ) -> Any:
+        """
+        As of every Transformers model; `num_candidates`, given here or in the generation config, is ours: so many captions
+        are written for each prompt, by beams or with `do_sample` drawn, and the one that lies nearest to the audio in the
+        space that the aligner has made (s of Eq. 9) is returned, or the `num_return_sequences` nearest in their order.
+        Candidates of text alone come in the order of their likelihood. The generation config's number gives way to a call
+        that says itself how to search (`num_beams`, `do_sample`, a streamer, an assistant, `return_dict_in_generate`).
+
+        Raises:
+            ValueError: when `num_candidates` is no whole number from `num_return_sequences` on, or is given together with
+                `return_dict_in_generate`.
+        """
+
+        def setting(name: str) -> Any:  # as the library looks for it
+            found = (
+                kwargs.get(name),
+                getattr(generation_config, name, None),
+                getattr(self.generation_config, name, None),
+            )
+            return next((value for value in found if value is not None), None)
+
+        wanted = setting("num_return_sequences") or 1
+        if "num_candidates" in kwargs:
+            count = kwargs.pop("num_candidates")
+        elif (count := setting("num_candidates")) is not None:
+            count = None if any(kwargs.get(name) is not None for name in WAYS_TO_SEARCH) else max(count, wanted)
+        if count is None or count == 1 == wanted:
+            return super().generate(inputs, generation_config, **kwargs)
+        if not isinstance(count, int) or count < wanted:
+            raise ValueError(
+                f"num_candidates={count!r} must be a whole number, at least num_return_sequences={wanted}."
+            )
+        if setting("return_dict_in_generate"):
+            raise ValueError("num_candidates returns captions alone: leave return_dict_in_generate out.")
+        input_ids: Any = kwargs.get("input_ids") if inputs is None else inputs
+        audio = {name: kwargs.pop(name) for name in AUDIO_INPUTS if kwargs.get(name) is not None}
+        if audio and input_ids is None:
+            raise ValueError(AUDIO_WITH_EMBEDS)
+        if audio:
+            clips = self.get_audio_features(**audio, return_dict=True).pooler_output
+            kwargs["audio_embeds"] = self._embeds_by_row(clips, input_ids)
+        kwargs["num_return_sequences"] = count
+        if not setting("do_sample"):
+            kwargs["num_beams"] = max(count, setting("num_beams") or 1)
+        sequences: Any = super().generate(inputs, generation_config, **kwargs)
+        sequences = sequences.unflatten(0, (-1, count))
+        order = torch.arange(count, device=sequences.device).expand(len(sequences), count)
+        if kwargs.get("audio_embeds") is not None:
+            captions = sequences[..., input_ids.shape[1] :]
+            nearness = self._similarity(kwargs["audio_embeds"], input_ids, captions, setting("eos_token_id"))
+            order = nearness.sort(dim=-1, descending=True, stable=True).indices
+        order = order[:, :wanted, None].expand(-1, -1, sequences.shape[-1])
+        return sequences.gather(1, order).flatten(0, 1)
+
+    def _similarity(
+        self, audio_embeds: Tensor, input_ids: Tensor, captions: Tensor, eos_token_id: int | list[int] | None
+    ) -> Tensor:
+        """s of Eq. 9 between the audio of each row and its captions, ids `(batch, captions, length)` -> `(batch, captions)`."""
+        said = torch.ones_like(captions, dtype=torch.bool)
+        if eos_token_id is not None:
+            eos = torch.as_tensor(eos_token_id, device=captions.device)
+            said = torch.isin(captions, eos).cumsum(-1) == 0
+        z_t_bar = masked_mean(self.get_input_embeddings()(captions), said)
+        z_a_bar = masked_mean(audio_embeds, self._audio_mask(input_ids, audio_embeds))[:, None]
+        return nn.functional.cosine_similarity(self.aligner.project(z_a_bar), self.aligner.project(z_t_bar), dim=-1)
+
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs: Any):
         weight = kwargs.pop("token_guide_weight", None)
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
@@ -470,8 +548,7 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
     ) -> dict:
         """Encodes the audio and measures the guide's distances, once per clip and before rows are repeated for beams."""
         input_ids = inputs_tensor if model_input_name == "input_ids" else model_kwargs.get("input_ids")
-        sources = ("input_features", "input_features_mask", "audio_hidden_states", "audio_hidden_mask")
-        given = {name: model_kwargs.pop(name, None) for name in sources}
+        given = {name: model_kwargs.pop(name, None) for name in AUDIO_INPUTS}
         if input_ids is None or model_input_name != "input_ids":
             if any(value is not None for value in given.values()):
                 raise ValueError(AUDIO_WITH_EMBEDS)

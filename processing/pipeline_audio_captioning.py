@@ -129,7 +129,7 @@ class AudioCaptioningPipeline(ChunkPipeline):
             chunk_length_s (`float`): caption a long recording window by window, each this many seconds.
             return_timestamps (`bool`): with `chunk_length_s`, also each window's caption, start and end in seconds.
             num_return_sequences (`int`), generate_kwargs (`dict`): for `generate`; any of its parameters may also be given
-                by itself, `token_guide_weight` among them.
+                by itself, `token_guide_weight` and `num_candidates` among them.
             on_error (`str`): `"raise"` (default), or `"return"` to give `{"generated_text": None, "error": ...}` for a clip
                 that cannot be read and go on.
 
@@ -151,6 +151,7 @@ class AudioCaptioningPipeline(ChunkPipeline):
         on_error: str | None = None,
         generate_kwargs: dict | None = None,
         token_guide_weight: float | None = None,
+        num_candidates: int | None = None,
         **kwargs: Any,
     ) -> tuple[dict, dict, dict]:
         if on_error not in (None, "raise", "return"):
@@ -175,8 +176,8 @@ class AudioCaptioningPipeline(ChunkPipeline):
             "on_error": on_error,
         }
         generate = {**kwargs, **(generate_kwargs or {})}
-        if token_guide_weight is not None:
-            generate["token_guide_weight"] = token_guide_weight
+        own = {"token_guide_weight": token_guide_weight, "num_candidates": num_candidates}
+        generate |= {name: value for name, value in own.items() if value is not None}
         postprocess = {"return_timestamps": return_timestamps}
         return (
             {name: value for name, value in preprocess.items() if value is not None},

@@ -255,8 +255,11 @@ def _scores(scores: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
 
 def _decoding(scores: dict[str, Any]) -> str:
     beams = scores["generation"].get("num_beams", 1)
-    weight = scores["generation"].get("token_guide_weight")
-    return ("greedy decoding" if beams == 1 else f"{beams} beams") + ("" if weight is None else f", guide {weight}")
+    candidates, weight = (scores["generation"].get(name) for name in ("num_candidates", "token_guide_weight"))
+    how = "greedy decoding" if beams == 1 else f"{beams} beams"
+    if candidates is not None:
+        how = f"nearest of {candidates} candidates"
+    return how + ("" if weight is None else f", guide {weight}")
 
 
 def _eval_results(scores: dict[str, Any], said: dict[str, Any]) -> list[EvalResult]:

@@ -149,7 +149,7 @@ class Recipe:
             the stages then need `max_steps`.
         max_seconds: longer clips are cropped to this, at random places in training; None takes them whole.
         spec_augment: `{time, frequency, count}`, masks on the training features (not on cached tokens).
-        generation: arguments of `generate` for the captions of the validation clips.
+        generation: arguments of `generate` for the captions of the validation clips; they become the model's own defaults.
         load: arguments of `LambForAudioCaptioning.from_pretrained` (`dtype`, `quantization_config`).
         cache_encoder_tokens: encode every clip once (the encoder must be frozen) and keep the tokens on disk.
         preprocessing_num_workers: processes that fill that cache, each on one CPU thread; 0 uses the model's device.
@@ -216,6 +216,8 @@ class Recipe:
                 self.model["audio_model_id"] == "yamnet"
             ):  # no hub serves it: its 3 million weights travel in the checkpoint
                 model.config.audio_model_id = None
+        for name, value in self.generation.items():
+            setattr(model.generation_config, name, value)
         for parameter in model.parameters():
             if parameter.requires_grad:  # an update of 3e-6 is lost in bfloat16's rounding
                 parameter.data = parameter.data.float()

@@ -9,6 +9,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
 from transformers.utils import logging
 
 from modeling_lamb import AudioCaptioningPipeline, LambForAudioCaptioning, LambProcessor
@@ -61,6 +62,13 @@ def read_predictions(file: str | Path) -> list[dict[str, Any]]:
             f"{file} holds {len(double)} ids more than once: {', '.join(double[:5])}. One row a clip is expected."
         )
     return rows
+
+
+def own_settings(model: str) -> dict[str, Any]:
+    """What of a model's own generation config changes its captions, and is to be told with its scores."""
+    config = GenerationConfig.from_pretrained(model)
+    own = {name: getattr(config, name, None) for name in ("num_beams", "num_candidates", "token_guide_weight")}
+    return {name: value for name, value in own.items() if value is not None}
 
 
 def caption_clips(model: str, rows: list[dict[str, Any]], batch_size: int, settings: dict[str, Any]) -> bool:

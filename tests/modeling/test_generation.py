@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import noise, randomized, tiny_config
-from transformers import CompileConfig
+from transformers import CompileConfig, GenerationConfig
 from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 from transformers.exporters.utils import decompose_for_generation, get_leaf_tensors
 
@@ -123,6 +123,76 @@ def test_the_prompt_may_be_read_in_chunks(model, processor, size, beams):
 def test_a_guide_weight_that_is_no_number_is_refused(model, prompts, weight):
     with pytest.raises(ValueError, match=r"token_guide_weight=.* must be a finite number"):
         model.generate(**prompts, token_guide_weight=weight)
+
+
+def nearness(model, prompts, sequences):
+    """Cosine of each prompt's mean audio embedding to the mean embedding of each of its captions, one by one."""
+    names = ("input_features", "input_features_mask")
+    z_a = model.get_audio_features(**{name: prompts[name] for name in names}).pooler_output.mean(1)
+    captions = sequences[:, prompts["input_ids"].shape[1] :].unflatten(0, (len(z_a), -1))
+    found = []
+    for audio, texts in zip(z_a, captions.tolist(), strict=True):
+        for text in texts:
+            said = text[: text.index(4)] if 4 in text else text  # EOS below
+            said = torch.tensor(said, dtype=torch.long)
+            z_t = model.get_input_embeddings()(said).mean(0) if len(said) else torch.zeros_like(audio)
+            found.append(torch.cosine_similarity(audio, z_t, dim=0))
+    return torch.stack(found).unflatten(0, (len(z_a), -1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wanted", [1, 3])
+def test_of_the_candidates_the_nearest_to_the_audio_are_returned(model, prompts, wanted):
+    settings = GREEDY | {"eos_token_id": 4}
+    model.generation_config.eos_token_id = 4
+    beams = model.generate(**prompts, **settings, num_beams=5, num_return_sequences=5)
+    order = nearness(model, prompts, beams).argsort(dim=-1, descending=True, stable=True)[:, :wanted]
+    assert (order[:, 0] != 0).any()  # not just the likeliest ones
+    expected = beams.unflatten(0, (BATCH, 5)).gather(1, order[..., None].expand(-1, -1, beams.shape[1])).flatten(0, 1)
+    options = settings | {"num_candidates": 5, "num_return_sequences": wanted}
+    assert torch.equal(model.generate(**prompts, **options), expected)
+    alone = {name: value[2:] for name, value in prompts.items()}
+    last = model.generate(**alone, **options)
+    assert torch.equal(last, expected[2 * wanted :, : last.shape[1]])
+
+
+@torch.no_grad()
+def test_candidates_may_be_drawn_and_are_a_setting_of_the_model(model, prompts, tmp_path):
+    drawn = {"max_new_tokens": 8, "do_sample": True}
+    torch.manual_seed(0)
+    one = nearness(model, prompts, model.generate(**prompts, **drawn)).mean()
+    torch.manual_seed(0)
+    assert nearness(model, prompts, model.generate(**prompts, **drawn, num_candidates=16)).mean() > one
+    likeliest, nearest = (model.generate(**prompts, max_new_tokens=8, num_candidates=n) for n in (None, 6))
+    model.generation_config.num_candidates = 6
+    model.save_pretrained(tmp_path)
+    loaded = LambForAudioCaptioning.from_pretrained(tmp_path)
+    assert torch.equal(loaded.generate(**prompts, max_new_tokens=8), nearest) and not torch.equal(nearest, likeliest)
+    assert torch.equal(loaded.generate(**prompts, generation_config=GenerationConfig(max_new_tokens=8)), nearest)
+    assert len(loaded.generate(**prompts, max_new_tokens=8, num_return_sequences=7)) == 7 * BATCH
+    assert torch.equal(loaded.generate(**prompts, **GREEDY), likeliest)  # the call says how to search
+    assert loaded.generate(**prompts, max_new_tokens=8, return_dict_in_generate=True).sequences.equal(likeliest)
+
+
+@torch.no_grad()
+def test_candidates_without_audio_come_by_likelihood(model, processor):
+    text = dict(processor.tokenizer("x y z", return_tensors="pt"))
+    beams = model.generate(**text, **GREEDY, num_beams=4, num_return_sequences=2)
+    assert torch.equal(model.generate(**text, **GREEDY, num_candidates=4, num_return_sequences=2), beams)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_candidates": 0}, "num_candidates=0 must be a whole number"),
+        ({"num_candidates": 2.5}, "num_candidates=2.5 must be a whole number"),
+        ({"num_candidates": 2, "num_return_sequences": 3}, "at least num_return_sequences=3"),
+        ({"num_candidates": 2, "return_dict_in_generate": True}, "leave return_dict_in_generate out"),
+    ],
+)
+def test_candidates_that_cannot_be_are_refused(model, prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(**prompts, **options)
 
 
 @pytest.mark.parametrize("same", [True, False])

@@ -202,6 +202,9 @@ def test_arguments_for_generate(captioner, expected, file, model, processor, wav
         assert caption(**OPTIONS, token_guide_weight=weight) == wanted
         assert caption(generate_kwargs=OPTIONS | {"token_guide_weight": weight}) == wanted
     assert caption(**OPTIONS, token_guide_weight=3.0) != expected
+    tokens = model.generate(**inputs, **OPTIONS, num_candidates=4)
+    wanted = [{"generated_text": processor.batch_decode(tokens, skip_special_tokens=True)[0]}]
+    assert caption(**OPTIONS, num_candidates=4) == wanted
     prompted = model.generate(**processor(text="What is it?", audio=wave, sampling_rate=16000), **OPTIONS)
     assert caption(prompt="What is it?", **OPTIONS)[0]["generated_text"] == processor.decode(
         prompted[0], skip_special_tokens=True

@@ -71,7 +71,7 @@ def recipe(checkpoint, tmp_path):
         "init_from": str(checkpoint),
         "train": {"folder": str(tmp_path)},
         "validation": {"folder": str(tmp_path)},
-        "generation": {"max_new_tokens": 3},
+        "generation": {"max_new_tokens": 3, "num_candidates": 2},
         "stages": [{"name": "all", "training": {"max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True}}],
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data))
@@ -95,7 +95,9 @@ def test_train_py_trains_scores_and_goes_on(recipe, tmp_path):
     train.main([str(recipe), *flags])
     state = json.loads((tmp_path / "run" / "all" / "trainer_state.json").read_text())
     assert any("eval_cider_d" in entry for entry in state["log_history"])
-    assert LambForAudioCaptioning.from_pretrained(tmp_path / "run").config.num_audio_tokens == 4
+    trained = LambForAudioCaptioning.from_pretrained(tmp_path / "run")
+    assert trained.config.num_audio_tokens == 4
+    assert (trained.generation_config.max_new_tokens, trained.generation_config.num_candidates) == (3, 2)
     train.main([str(recipe), *flags])  # finished: nothing is trained again
 
 
