@@ -16,8 +16,10 @@ HEARD = {
     "duck": "duck",
     "frog": "frog",
     "horse": "horse",
+    "owl": "owl",
     "pig": "pig",
     "rooster": "rooster",
+    "sheep": "sheep",
 }
 
 
