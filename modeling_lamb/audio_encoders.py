@@ -3,14 +3,21 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from .modeling_ced import CedModel, convert_ced_state_dict
 
-# YAMNet's patches: 96 frames (0.96 s) every 48 frames
-PATCH_FRAMES, PATCH_HOP = 96, 48
+# YAMNet's patches: 96 frames (0.96 s) of 64 mel bands every 48 frames
+PATCH_FRAMES, PATCH_HOP, PATCH_BANDS = 96, 48, 64
+# Of each family, where its layers are and what follows them; MobileNet's come in pairs, depthwise and pointwise
+_LAYERS = {
+    "ced": ("blocks", "norm"),
+    "whisper": ("layers", "layer_norm"),
+    "audio-spectrogram-transformer": ("layers", "layernorm"),
+    "mobilenet_v1": ("layer", None),
+}
 
 
 def build_audio_encoder(config: Any) -> PreTrainedModel:
@@ -64,6 +71,63 @@ def encode_audio(encoder: PreTrainedModel, features: Any, mask: Tensor | None, *
     return _GRIDS[encoder.config.model_type](encoder, features, mask, **kwargs)
 
 
+def last_layers(encoder: PreTrainedModel, count: int) -> nn.ModuleList:
+    """
+    The last `count` layers of an encoder, and the norm that follows them where there is one; none for 0.
+
+    Raises:
+        ValueError: when it has fewer.
+    """
+    name, norm = _LAYERS[encoder.config.model_type]
+    layers, size = encoder.get_submodule(name), 2 if encoder.config.model_type == "mobilenet_v1" else 1
+    if count * size > len(layers):
+        raise ValueError(f"num_trained_audio_layers={count}, but the encoder has {len(layers) // size} layers.")
+    if not count:
+        return nn.ModuleList()
+    return nn.ModuleList([*layers[-count * size :], *([encoder.get_submodule(norm)] if norm else [])])
+
+
+def encode_frozen_part(
+    encoder: PreTrainedModel, features: Tensor, mask: Tensor | None, trained_layers: int = 0
+) -> tuple[Tensor, Tensor]:
+    """
+    What does not change while the last `trained_layers` layers train, for [`encode_rest`] to go on from.
+
+    Returns:
+        Hidden states `(batch, steps, positions, channels)` (without trained layers the tokens of [`encode_audio`]), and a
+        mask `(batch, steps)`, true at real steps.
+
+    Raises:
+        ValueError: for trained layers of an encoder whose layers mix the steps of a clip, which MobileNet's do not.
+    """
+    if not trained_layers:
+        tokens, mask, _ = encode_audio(encoder, features, mask)
+        return tokens, mask
+    if encoder.config.model_type != "mobilenet_v1":
+        raise ValueError(
+            f"The hidden states of {encoder.config.model_type} cannot be kept while num_trained_audio_layers="
+            f"{trained_layers} of its layers train: set it to 0, or set cache_encoder_tokens to false."
+        )
+    images, mask = _patches(features, mask)
+    maps = encoder.conv_stem(images.to(encoder.dtype))
+    for layer in encoder.layer[: -len(last_layers(encoder, trained_layers))]:
+        maps = layer(maps)
+    return maps.flatten(2).mT.unflatten(0, tuple(mask.shape)), mask
+
+
+def encode_rest(encoder: PreTrainedModel, hidden_states: Tensor, mask: Tensor, trained_layers: int) -> Tensor:
+    """The tokens `(batch, steps, bands, hidden)` that the trained layers make of [`encode_frozen_part`]'s hidden states."""
+    if not trained_layers:
+        return hidden_states
+    real = hidden_states[mask].to(encoder.dtype).mT  # (real steps, channels, positions)
+    height = round((real.shape[-1] * PATCH_FRAMES / PATCH_BANDS) ** 0.5)  # at every layer in a patch's own proportions
+    maps = real.unflatten(-1, (height, -1))
+    for layer in last_layers(encoder, trained_layers):
+        maps = layer(maps)
+    tokens = maps.flatten(2).mT
+    return tokens.new_zeros(*mask.shape, *tokens.shape[1:]).masked_scatter(mask[..., None, None], tokens)
+
+
 def _prefix_mask(lengths: Tensor, size: int) -> Tensor:
     return torch.arange(size, device=lengths.device) < lengths[:, None]
 
@@ -104,13 +168,17 @@ def _mobilenet_grid(
     encoder: PreTrainedModel, features: Tensor, mask: Tensor | None, **kwargs
 ) -> tuple[Tensor, Tensor, Any]:
     """A step is a patch of 0.96 s, its bands are the positions of the last feature map (3 in time x 2 in frequency)."""
-    patches = features.unfold(2, PATCH_FRAMES, PATCH_HOP)  # (batch, mel, steps, 96)
-    batch, _, steps, _ = patches.shape
-    images = patches.permute(0, 2, 3, 1).flatten(0, 1)[:, None]  # (batch * steps, 1, 96, mel)
+    images, mask = _patches(features, mask)
     output = encoder(images.to(encoder.dtype), **kwargs)
-    tokens = output.last_hidden_state.flatten(2).mT
+    return output.last_hidden_state.flatten(2).mT.unflatten(0, tuple(mask.shape)), mask, output
+
+
+def _patches(features: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """YAMNet's images `(batch * steps, 1, 96, mel)`, and which steps are real."""
+    patches = features.unfold(2, PATCH_FRAMES, PATCH_HOP)  # (batch, mel, steps, 96)
+    images = patches.permute(0, 2, 3, 1).flatten(0, 1)[:, None]
     real = -(-(_lengths(features, mask) - PATCH_FRAMES) // PATCH_HOP) + 1  # the last patch may be partly padding
-    return tokens.unflatten(0, (batch, steps)), _prefix_mask(real.clamp(min=1), steps), output
+    return images, _prefix_mask(real.clamp(min=1), patches.shape[2])
 
 
 _GRIDS = {

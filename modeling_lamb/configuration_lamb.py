@@ -25,6 +25,7 @@ class LambConfig(PreTrainedConfig):
             that is named here is left out of saved checkpoints and read from there on loading.
         audio_model_revision, text_model_revision (`str`, *optional*): commit, tag or branch of the above.
         freeze_audio_encoder, freeze_text_model (`bool`): keep the backbone's own weights fixed; LoRA still trains.
+        num_trained_audio_layers (`int`): last layers of a frozen encoder that train all the same (ours: 0).
         peft_config, audio_peft_config (`dict`, *optional*): arguments of `peft.LoraConfig` for the LLM and the encoder,
             for example `{"r": 8, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}`.
         audio_token_id (`int`): id of the audio placeholder in `input_ids`. It is never looked up in the LLM's table
@@ -64,6 +65,7 @@ class LambConfig(PreTrainedConfig):
     text_model_revision: str | None = None
     freeze_audio_encoder: bool = True
     freeze_text_model: bool = True
+    num_trained_audio_layers: int = 0
     peft_config: dict | None = None
     audio_peft_config: dict | None = None
     audio_token_id: int = 32000
@@ -100,6 +102,7 @@ class LambConfig(PreTrainedConfig):
 
     def _check(self) -> None:
         for name, least in (
+            ("num_trained_audio_layers", 0),
             ("num_audio_tokens", 1),
             ("num_semantic_queries", 0),
             ("num_temporal_queries", 0),
@@ -153,6 +156,11 @@ class LambConfig(PreTrainedConfig):
         if config.model_type == "mobilenet_v1":
             return max(int(1024 * config.depth_multiplier), config.min_depth)
         return config.hidden_size
+
+    @property
+    def audio_encoder_is_published(self) -> bool:
+        """Whether no weight of the encoder's own trains, so that it stays what `audio_model_id` names."""
+        return self.freeze_audio_encoder and not self.num_trained_audio_layers
 
     @property
     def adapter_heads(self) -> int:

@@ -30,7 +30,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging, torch_compilable_check
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .audio_encoders import audio_backbone_state_dict, build_audio_encoder, encode_audio
+from .audio_encoders import audio_backbone_state_dict, build_audio_encoder, encode_audio, encode_rest, last_layers
 from .caption_loss import caption_losses
 from .configuration_lamb import LambConfig
 from .cross_modal_aligner import CrossModalAligner, masked_mean
@@ -181,6 +181,7 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
             for key, parameter in getattr(self, name).named_parameters():
                 if parameter.is_floating_point():
                     parameter.requires_grad_("lora_" in key or not frozen)
+        last_layers(self.audio_encoder, self.config.num_trained_audio_layers).requires_grad_()
         guided = self.config.guide_metric != "none" and self.config.guided_loss_weight != 0
         self.token_guide.beta.requires_grad_(guided)
 
@@ -233,8 +234,9 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
         Args:
             input_features: log-mel `(clips, mel, frames)`.
             input_features_mask: `(clips, frames)`, 1 at real frames.
-            audio_hidden_states, audio_hidden_mask: instead of features, tokens of a frozen encoder that were computed
-                before: `(clips, steps, bands, encoder_hidden)` and `(clips, steps)`.
+            audio_hidden_states, audio_hidden_mask: instead of features, what `encode_frozen_part` computed of them before:
+                the encoder's tokens `(clips, steps, bands, encoder_hidden)`, or with `num_trained_audio_layers` what these
+                layers read, and `(clips, steps)`.
 
         Returns:
             `pooler_output`: z_a `(clips, num_audio_tokens, text_hidden)`; `last_hidden_state`: the encoder's tokens
@@ -242,14 +244,18 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
         """
         output: Any = None
         if audio_hidden_states is None:
-            frozen = self.config.freeze_audio_encoder and self.config.audio_peft_config is None
+            frozen = self.config.audio_encoder_is_published and self.config.audio_peft_config is None
             with torch.no_grad() if frozen else nullcontext():
                 audio_hidden_states, audio_hidden_mask, output = encode_audio(
                     self.audio_encoder, input_features, input_features_mask, **kwargs
                 )
+        else:
+            if audio_hidden_mask is None:
+                audio_hidden_mask = audio_hidden_states.new_ones(audio_hidden_states.shape[:2])
+            audio_hidden_states = encode_rest(
+                self.audio_encoder, audio_hidden_states, audio_hidden_mask.bool(), self.config.num_trained_audio_layers
+            )
         tokens = audio_hidden_states.to(self.adapter.output_proj.weight.dtype)
-        if audio_hidden_mask is None:
-            audio_hidden_mask = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
         return BaseModelOutputWithPooling(
             last_hidden_state=tokens.flatten(1, 2),
             pooler_output=self.adapter(tokens, audio_hidden_mask.bool()),
@@ -768,7 +774,7 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
         left_out = set()
         for backbone, setting in self._backbones.items():
             frozen = getattr(
-                self.config, "freeze_audio_encoder" if backbone == "audio_encoder" else "freeze_text_model"
+                self.config, "audio_encoder_is_published" if backbone == "audio_encoder" else "freeze_text_model"
             )
             named = getattr(self.config, setting) is not None
             if save_backbones is False and not (frozen and named):

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from modeling_lamb import LambForAudioCaptioning
-from modeling_lamb.audio_encoders import encode_audio
+from modeling_lamb.audio_encoders import encode_frozen_part, last_layers
 
 from .readers import FEATURES, Clip
 
@@ -35,6 +35,7 @@ class EncodedClips(Dataset):
     Encoder tokens of clips, computed once and kept on disk in float16.
 
     A frozen encoder gives the same tokens in every epoch; reading them back is several times faster than encoding again.
+    Of one whose last layers train (`num_trained_audio_layers`) what these read is kept.
     The folder is named after the encoder, its front end and the clips, and is filled shard by shard, so that an
     interrupted run goes on where it stopped. A file that cannot be read is left out and counted in `skipped`.
 
@@ -59,9 +60,13 @@ class EncodedClips(Dataset):
         num_workers: int = 0,
         max_seconds: float | None = None,
     ) -> None:
-        digest = hashlib.sha256()
+        digest, trained = hashlib.sha256(), model.config.num_trained_audio_layers
+        changing = {tensor.data_ptr() for tensor in last_layers(model.audio_encoder, trained).state_dict().values()}
         for tensor in model.audio_encoder.state_dict().values():  # in half precision, as small checkpoints hold it
-            digest.update(tensor.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
+            if tensor.data_ptr() not in changing:
+                digest.update(tensor.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
+        if trained:
+            digest.update(f"without {trained} layers".encode())
         settings = processor.feature_extractor.to_dict().items()
         front_end = json.dumps(
             {key: value for key, value in settings if key != "auto_map"}, sort_keys=True, default=str
@@ -79,7 +84,7 @@ class EncodedClips(Dataset):
             for start in range(0, len(clips), self.SHARD)
         }
         missing = [(index, numbers) for index, numbers in shards.items() if not index.is_file()]
-        parts = (clips, processor.feature_extractor, model.audio_encoder, max_seconds)
+        parts = (clips, processor.feature_extractor, model.audio_encoder, trained, max_seconds)
         with tqdm(total=len(missing), desc=f"encoding {name}", unit="shard", disable=None) as bar:
             if num_workers > 1 and len(missing) > 1:
                 with ProcessPoolExecutor(num_workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
@@ -127,6 +132,7 @@ def _encode_shard(
     clips: Sequence[Clip],
     extractor: Any,
     encoder: PreTrainedModel,
+    trained_layers: int,
     max_seconds: float | None,
     index: Path,
     numbers: range,
@@ -145,7 +151,9 @@ def _encode_shard(
             except ValueError as error:
                 skipped[clip.id] = str(error)
                 continue
-            tokens, mask, _ = encode_audio(encoder, inputs["input_features"], inputs["input_features_mask"])
+            tokens, mask = encode_frozen_part(
+                encoder, inputs["input_features"], inputs["input_features_mask"], trained_layers
+            )
             array = tokens[0, : int(mask.sum())].to(torch.float16).cpu().numpy()
             stream.write(array.tobytes())
             items.append({"id": clip.id, "captions": clip.captions, "offset": offset, "shape": array.shape})

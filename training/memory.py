@@ -68,7 +68,7 @@ def estimate_memory(
     model = model.to(dtype).train()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if alignment_only:
-        trained = {name: p for name, p in trained.items() if name.startswith("adapter.")}
+        trained = {name: p for name, p in trained.items() if name.startswith(("adapter.", "audio_encoder."))}
     frozen = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in trained.values())
     count = sum(p.numel() for p in trained.values())
     parts: dict[str, int] = {}

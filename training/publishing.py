@@ -147,7 +147,8 @@ def problems(folder: str | Path) -> list[str]:
                 if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                     found.append(f"{file.name}: {key} holds NaN or infinite values.")
     if (folder / "config.json").is_file():
-        text_model_id = str(LambConfig.from_pretrained(folder).text_model_id or "")
+        config = LambConfig.from_pretrained(folder)
+        text_model_id = str(config.text_model_id or config.text_config._name_or_path)  # type: ignore[union-attr]
         base = [key for key in keys if key.startswith("language_model.") and "lora_" not in key]
         if base and GATED.search(text_model_id):
             found.append(

@@ -27,7 +27,13 @@ logger = logging.get_logger(__name__)
 CHANGEABLE = {
     f.name for f in dataclasses.fields(LambConfig) if f.name.endswith("_weight") or f.name.startswith("kernel")
 }
-CHANGEABLE |= {"info_nce_temperature", "guide_metric", "freeze_audio_encoder", "freeze_text_model"}
+CHANGEABLE |= {
+    "info_nce_temperature",
+    "guide_metric",
+    "freeze_audio_encoder",
+    "freeze_text_model",
+    "num_trained_audio_layers",
+}
 
 
 @dataclass
@@ -189,6 +195,7 @@ class Recipe:
         if self.init_from is None:
             return LambConfig.from_backbones(**self.model | {"audio_model_id": self._audio_model_id()})
         config = LambConfig.from_pretrained(self.init_from)
+        own = [name for name, published in self._backbones(config) if not published]
         for name, value in self.model.items():
             if name in CHANGEABLE:
                 setattr(config, name, value)
@@ -197,7 +204,15 @@ class Recipe:
                     f"{self.init_from} has {name}={getattr(config, name)!r}, the recipe {value!r}: what was trained with "
                     "one cannot go on with the other. Remove it from the recipe's model, or init_from."
                 )
+        for name, published in self._backbones(config):
+            if published and name in own:  # trained before and kept from now on: it is not what its name stands for
+                setattr(config, name, None)
         return config
+
+    @staticmethod
+    def _backbones(config: LambConfig) -> list[tuple[str, bool]]:
+        """The names of both backbones' ids, and whether the weights stay those that the id names."""
+        return [("audio_model_id", config.audio_encoder_is_published), ("text_model_id", config.freeze_text_model)]
 
     def build(self) -> tuple[LambForAudioCaptioning, LambProcessor]:
         """The model and processor to train. What trains is float32, whatever `load.dtype` the rest has."""

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import MobileNetV1ForImageClassification
+from transformers import MobileNetV1ForImageClassification, PreTrainedModel
 
 from modeling_lamb import LambForAudioCaptioning, LambProcessor
-from modeling_lamb.audio_encoders import encode_audio
+from modeling_lamb.audio_encoders import encode_audio, encode_rest
 from modeling_lamb.packaged_backbone import cache_folder
 
 from .convert_yamnet import yamnet_folder
@@ -43,20 +43,23 @@ def soundscape_rows(split: str, clips: int, per_class: int = 5) -> list[dict[str
     return rows
 
 
-def soundscape_scores(model: str, rows: list[dict[str, Any]], train_clips: int, num_workers: int = 0) -> dict[str, Any]:
+def soundscape_scores(
+    model: str, rows: list[dict[str, Any]], train_clips: int, num_workers: int = 0, train_split: str = "train"
+) -> dict[str, Any]:
     """
     Events named in captioned soundscapes (`soundscapes`), and the scores of `controls` that need no LAMB.
 
-    `random_class` and `majority_class` guess; `probe` is a logistic regression on the mean token of the same frozen encoder,
-    trained on the single events among the first `train_clips` training clips. `most_frequent`, `shuffled`,
+    `random_class` and `majority_class` guess; `probe` is a logistic regression on the mean token of the model's own
+    encoder, trained on the single events among the first `train_clips` training clips. `most_frequent`, `shuffled`,
     `nearest_neighbour` and `yamnet_tags` are captions: the commonest of training, the model's own dealt to other clips,
     the one of the nearest training clip by mean token, and a template filled with YAMNet's two highest tags.
 
     Args:
-        model: whose frozen encoder they use.
+        model: whose encoder they use.
         rows: captioned clips of [`soundscape_rows`].
         train_clips: how many training clips they know; 0 leaves the controls out.
         num_workers: processes that encode these.
+        train_split: what they are composed of.
     """
     keywords = {name: sound.keywords for name, sound in read_classes().items()}
     events, kinds = [row["events"] for row in rows], [row["kind"] for row in rows]
@@ -65,17 +68,18 @@ def soundscape_scores(model: str, rows: list[dict[str, Any]], train_clips: int, 
     if not train_clips:
         return own
     lamb, processor = LambForAudioCaptioning.from_pretrained(model), LambProcessor.from_pretrained(model)
-    clips, name = Source(soundscapes={"split": "train", "clips": train_clips, "seed": 0}).read()
+    clips, name = Source(soundscapes={"split": train_split, "clips": train_clips, "seed": 0}).read()
     encoded = EncodedClips(clips, processor, lamb.eval(), cache_folder() / "encoder-tokens", name, num_workers)
     said = [item["captions"][0] for item in encoded.items]
-    seen = np.stack([_mean(encoded[number]["audio_hidden_states"]) for number in range(len(encoded))])
-    heard = _tokens(lamb, processor, [row["audio"]["array"] for row in rows])
+    seen = np.stack([_mean(_finished(lamb, encoded[number]["audio_hidden_states"])) for number in range(len(encoded))])
+    audio = [row["audio"]["array"] for row in rows]
+    heard = _tokens(lamb.audio_encoder, processor, audio)
 
     controls = {
         "most_frequent": [Counter(said).most_common(1)[0][0]] * len(rows),
         "shuffled": [captions[number] for number in _derangement(len(rows))],
         "nearest_neighbour": [said[number] for number in _nearest(seen, np.stack([_mean(t) for t in heard]))],
-        "yamnet_tags": _tag_captions(heard),
+        "yamnet_tags": _tag_captions(processor, audio),
     }
     systems: dict[str, Any] = {}
     for name, texts in controls.items():
@@ -124,10 +128,10 @@ def _derangement(count: int) -> np.ndarray:
 
 
 @torch.inference_mode()
-def _tag_captions(heard: list[torch.Tensor]) -> list[str]:
+def _tag_captions(processor: LambProcessor, clips: list[np.ndarray]) -> list[str]:
     yamnet = MobileNetV1ForImageClassification.from_pretrained(yamnet_folder()).eval()
     captions = []
-    for tokens in heard:
+    for tokens in _tokens(yamnet.mobilenet_v1, processor, clips):
         scores = yamnet.classifier(tokens.mean(1)).sigmoid().mean(0)
         first, second = (yamnet.config.id2label[int(index)].lower() for index in scores.topk(2).indices)
         captions.append(f"The sound of {first} and {second}.")
@@ -135,14 +139,21 @@ def _tag_captions(heard: list[torch.Tensor]) -> list[str]:
 
 
 @torch.inference_mode()
-def _tokens(model: LambForAudioCaptioning, processor: LambProcessor, clips: list[np.ndarray]) -> list[torch.Tensor]:
+def _tokens(encoder: PreTrainedModel, processor: LambProcessor, clips: list[np.ndarray]) -> list[torch.Tensor]:
     """Encoder tokens `(steps, bands, hidden)` of each clip."""
     found = []
     for clip in tqdm(clips, desc="encoding", disable=None):
         inputs = processor.feature_extractor(clip, sampling_rate=16000, return_tensors="pt")
-        tokens, mask, _ = encode_audio(model.audio_encoder, inputs["input_features"], inputs["input_features_mask"])
+        tokens, mask, _ = encode_audio(encoder, inputs["input_features"], inputs["input_features_mask"])
         found.append(tokens[0, mask[0].bool()])
     return found
+
+
+@torch.inference_mode()
+def _finished(model: LambForAudioCaptioning, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Encoder tokens `(steps, bands, hidden)` of a clip of [`EncodedClips`]."""
+    everything = torch.ones(1, len(hidden_states), dtype=torch.bool)
+    return encode_rest(model.audio_encoder, hidden_states[None], everything, model.config.num_trained_audio_layers)[0]
 
 
 def _mean(tokens: torch.Tensor) -> np.ndarray:

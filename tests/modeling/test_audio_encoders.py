@@ -6,7 +6,7 @@ from conftest import ENCODERS, noise, randomized, tiny_config
 from transformers import ASTModel, AutoConfig, WhisperModel
 
 from modeling_lamb import LambForAudioCaptioning, LambProcessor
-from modeling_lamb.audio_encoders import build_audio_encoder, encode_audio
+from modeling_lamb.audio_encoders import build_audio_encoder, encode_audio, encode_frozen_part, encode_rest, last_layers
 
 
 def clips_of(name):
@@ -100,6 +100,28 @@ def test_mobilenet_reads_patches_of_96_frames():
         torch.testing.assert_close(tokens[:, step], expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("trained_layers", [0, 1, 2, 5])
+@torch.no_grad()
+def test_mobilenet_goes_on_from_what_its_frozen_layers_gave(trained_layers):
+    encoder, features = encoder_of("mobilenet"), features_of("mobilenet", clips_of("mobilenet"))
+    expected, mask, _ = encode_audio(encoder, *features)
+    hidden_states, its_mask = encode_frozen_part(encoder, *features, trained_layers)
+    assert torch.equal(its_mask, mask)
+    tokens = encode_rest(encoder, hidden_states, mask, trained_layers)
+    torch.testing.assert_close(tokens[mask], expected[mask], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ced", "whisper", "ast"])
+def test_hidden_states_that_depend_on_later_steps_are_not_kept(name):
+    with pytest.raises(ValueError, match="set it to 0, or set cache_encoder_tokens to false"):
+        encode_frozen_part(encoder_of(name), *features_of(name, clips_of(name)), 1)
+
+
+def test_more_layers_than_there_are(encoder_name):
+    with pytest.raises(ValueError, match="num_trained_audio_layers=99, but the encoder has"):
+        last_layers(encoder_of(encoder_name), 99)
+
+
 def test_an_unknown_encoder_is_named():
     with pytest.raises(ValueError, match="model_type 'bert'; LAMB reads the tokens of ced, whisper"):
         build_audio_encoder(AutoConfig.for_model("bert"))
@@ -149,3 +171,17 @@ def test_training_reaches_the_encoder_only_when_it_is_not_frozen(pair, encoder_n
         assert all(torch.equal(value, statistics[name]) for name, value in model.audio_encoder.named_buffers())
     else:
         assert with_gradient and model.audio_encoder.training
+
+
+def test_the_last_layers_of_a_frozen_encoder_may_train(pair, encoder_name):
+    model, processor = pair
+    model.config.num_trained_audio_layers = 1
+    model.freeze_backbones()
+    model.train()
+    statistics = {name: value.clone() for name, value in model.audio_encoder.named_buffers()}
+    captions = ["A dog barks.", "Rain falls.", "A door slams."]
+    model(**processor(audio=clips_of(encoder_name), sampling_rate=16000, captions=captions)).loss.backward()
+    trained = {p for p in model.audio_encoder.parameters() if p.grad is not None}
+    assert trained == set(last_layers(model.audio_encoder, 1).parameters())
+    assert any(p.grad.any() for p in trained)
+    assert all(torch.equal(value, statistics[name]) for name, value in model.audio_encoder.named_buffers())

@@ -231,6 +231,17 @@ def test_a_trained_backbone_is_saved_although_it_has_a_name(backbones, prompts, 
         model.save_pretrained(tmp_path / "wrong", save_backbones=False)
 
 
+def test_an_encoder_whose_last_layers_train_is_saved(backbones, prompts, tmp_path):
+    model = small(backbones, num_trained_audio_layers=1)
+    with torch.no_grad():
+        model.audio_encoder.norm.weight += 1
+    model.save_pretrained(tmp_path / "small")
+    loaded = LambForAudioCaptioning.from_pretrained(tmp_path / "small")
+    assert_same(model, loaded, prompts)
+    trained = {name for name, p in loaded.audio_encoder.named_parameters() if p.requires_grad}
+    assert trained and all(name.startswith(("blocks.1.", "norm.")) for name in trained)
+
+
 def test_a_small_checkpoint_needs_to_know_its_backbones(backbones, tmp_path):
     with pytest.raises(ValueError, match=r"without audio_encoder could not be loaded.*audio_model_id is not set"):
         model_of(tiny_config()).save_pretrained(tmp_path / "wrong", save_backbones=False)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import noise, write_table
+from conftest import ENCODERS, noise, randomized, tiny_config, write_table
 from training_lamb import data
 from training_lamb.data import (
     CaptionCollator,
@@ -14,6 +14,8 @@ from training_lamb.data import (
     stream_rows,
 )
 from training_lamb.readers import Clip, read_hub, read_table, to_dataset
+
+from modeling_lamb import LambForAudioCaptioning, LambProcessor
 
 
 @pytest.fixture
@@ -34,6 +36,29 @@ def test_cached_tokens_train_as_the_audio_does(folder, model, processor, tmp_pat
         cached = model(**collate([rows[i] for i in range(3)]))
         heard = model(**collate([waves[i] for i in range(3)]))
     assert cached.loss.item() == pytest.approx(heard.loss.item(), rel=2e-3)  # the cache is in half precision
+
+
+def test_hidden_states_are_kept_while_later_layers_train(folder, tokenizer, tmp_path, monkeypatch):
+    settings, extractor = ENCODERS["mobilenet"]
+    processor = LambProcessor(extractor(), tokenizer, num_audio_tokens=4)
+    model = randomized(LambForAudioCaptioning(tiny_config(audio_config=settings, num_trained_audio_layers=2))).eval()
+    clips, collate = read_table(folder)[0], CaptionCollator(processor)
+    waves = OneRowPerCaption(WaveformClips(clips, 16000), [1] * len(clips))
+    encoded = EncodedClips(clips, processor, model, tmp_path, "clips")
+    for _ in range(2):
+        rows = OneRowPerCaption(encoded, [1] * len(clips))
+        with torch.no_grad():
+            cached = model(**collate([rows[i] for i in range(3)]))
+            heard = model(**collate([waves[i] for i in range(3)]))
+        torch.testing.assert_close(cached.audio_embeds, heard.audio_embeds, atol=1e-2, rtol=1e-2)
+        with torch.no_grad():  # the last layers learn, and the cache stays good
+            model.audio_encoder.layer[-1].convolution.weight *= 0.5
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "_encode_shard", lambda *args: pytest.fail("encoded again"))
+            encoded = EncodedClips(clips, processor, model, tmp_path, "clips")
+    with torch.no_grad():
+        model.audio_encoder.layer[0].convolution.weight *= 0.5
+    assert EncodedClips(clips, processor, model, tmp_path, "clips").folder != encoded.folder
 
 
 def test_the_cache_is_filled_once_and_leaves_out_what_cannot_be_read(folder, model, processor, tmp_path, monkeypatch):

@@ -90,6 +90,15 @@ def test_a_checkpoint_of_another_architecture_is_refused(recipe):
     assert load_recipe(recipe, {"model.guide_metric": "l1"}).build()[0].config.guide_metric == "l1"
 
 
+def test_an_encoder_that_was_trained_is_kept_when_it_is_frozen(recipe, checkpoint):
+    file = checkpoint / "config.json"
+    trained = {"audio_model_id": "mispeech/ced-base", "num_trained_audio_layers": 1}
+    file.write_text(json.dumps(json.loads(file.read_text()) | trained))
+    assert load_recipe(recipe).config().audio_model_id == "mispeech/ced-base"
+    frozen = load_recipe(recipe, {"model.num_trained_audio_layers": 0}).config()
+    assert frozen.audio_model_id is None  # what is saved next holds its weights, which that name does not stand for
+
+
 def test_train_py_trains_scores_and_goes_on(recipe, tmp_path):
     flags = ["--stages.0.training.eval_strategy", "epoch", "--stages.0.training.report_to", "none"]
     train.main([str(recipe), *flags])

@@ -34,6 +34,15 @@ def recordings(cache):
     return rows
 
 
+def test_several_splits_train_together(recordings):
+    corpus = SoundscapeCorpus("train+test", recordings=recordings)
+    assert all(len(families) == 2 for families in corpus.families.values())
+    assert (
+        len(corpus.compose(0).captions) == 1
+        and len(SoundscapeCorpus("test", recordings=recordings).compose(0).captions) == 5
+    )
+
+
 def test_table_keeps_the_splits_apart_and_says_every_class():
     classes = read_classes()
     rows = sources._table("recordings")

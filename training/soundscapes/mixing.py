@@ -64,7 +64,7 @@ class SoundscapeCorpus:
     Classes are drawn evenly, then families within a class, then takes within a family.
 
     Args:
-        split: `train`, `validation` or `test`; no recording is in two of them.
+        split: `train`, `validation` or `test`, or several as `train+validation`; no recording is in two of them.
         seed: of everything that is drawn.
         recordings: instead of the table's, for tests.
         classes: likewise.
@@ -81,13 +81,15 @@ class SoundscapeCorpus:
         self.classes = classes or read_classes()
         self.families: dict[str, dict[int, list[Recording]]] = {}
         for recording in recordings or read_recordings():
-            if recording.split == split:
+            if recording.split in split.split("+"):
                 families = self.families.setdefault(recording.class_name, {})
                 families.setdefault(recording.family, []).append(recording)
         if not self.families:
-            raise ValueError(f"No recording is in the split {split!r}: choose train, validation or test.")
+            raise ValueError(
+                f"No recording is in the split {split!r}: choose train, validation or test, or several joined by +."
+            )
         self.names = sorted(self.families)
-        self._captions_per_clip = 1 if split == "train" else 5
+        self._captions_per_clip = 1 if split.startswith("train") else 5
 
     def compose(self, index: int, kind: str | None = None, names: Sequence[str] | None = None) -> Soundscape:
         """
