@@ -31,7 +31,6 @@ def main() -> None:
     parser.add_argument(
         "--train_clips", type=int, default=4000, help="training clips of the soundscapes' controls; 0: none"
     )
-    parser.add_argument("--train_split", default="train", help="and the split that they come from (train+validation)")
     parser.add_argument(
         "--predictions", type=Path, help="csv or jsonl with id, caption and references or caption_1, ..."
     )
@@ -75,9 +74,7 @@ def main() -> None:
     scores = {"model": options.model, "generation": settings, "clips": len(rows)} | scoring.score_rows(rows)
     scoring.write(options.out, rows, scores)  # what follows takes minutes
     if options.soundscapes:
-        scores |= soundscape_scoring.soundscape_scores(
-            options.model, rows, options.train_clips, options.num_workers, options.train_split
-        )
+        scores |= soundscape_scoring.soundscape_scores(options.model, rows, options.train_clips, options.num_workers)
     if options.against:
         scores["difference"] = scoring.paired_differences(rows, options.against)
     scoring.write(options.out, rows, scores)

@@ -71,7 +71,7 @@ def encode_audio(encoder: PreTrainedModel, features: Any, mask: Tensor | None, *
     return _GRIDS[encoder.config.model_type](encoder, features, mask, **kwargs)
 
 
-def last_layers(encoder: PreTrainedModel, count: int) -> nn.ModuleList:
+def last_layers(encoder: PreTrainedModel, count: int) -> list[nn.Module]:
     """
     The last `count` layers of an encoder, and the norm that follows them where there is one; none for 0.
 
@@ -79,16 +79,19 @@ def last_layers(encoder: PreTrainedModel, count: int) -> nn.ModuleList:
         ValueError: when it has fewer.
     """
     name, norm = _LAYERS[encoder.config.model_type]
-    layers, size = encoder.get_submodule(name), 2 if encoder.config.model_type == "mobilenet_v1" else 1
-    if count * size > len(layers):
-        raise ValueError(f"num_trained_audio_layers={count}, but the encoder has {len(layers) // size} layers.")
+    layers: Any = encoder.get_submodule(name)
+    size = 2 if encoder.config.model_type == "mobilenet_v1" else 1
+    if not 0 <= count * size <= len(layers):
+        raise ValueError(
+            f"num_trained_audio_layers={count} must be from 0 to the encoder's {len(layers) // size} layers."
+        )
     if not count:
-        return nn.ModuleList()
-    return nn.ModuleList([*layers[-count * size :], *([encoder.get_submodule(norm)] if norm else [])])
+        return []
+    return [*layers[-count * size :], *([encoder.get_submodule(norm)] if norm else [])]
 
 
 def encode_frozen_part(
-    encoder: PreTrainedModel, features: Tensor, mask: Tensor | None, trained_layers: int = 0
+    encoder: Any, features: Tensor, mask: Tensor | None, trained_layers: int = 0
 ) -> tuple[Tensor, Tensor]:
     """
     What does not change while the last `trained_layers` layers train, for [`encode_rest`] to go on from.
@@ -103,11 +106,7 @@ def encode_frozen_part(
     if not trained_layers:
         tokens, mask, _ = encode_audio(encoder, features, mask)
         return tokens, mask
-    if encoder.config.model_type != "mobilenet_v1":
-        raise ValueError(
-            f"The hidden states of {encoder.config.model_type} cannot be kept while num_trained_audio_layers="
-            f"{trained_layers} of its layers train: set it to 0, or set cache_encoder_tokens to false."
-        )
+    _check_steps_are_separate(encoder, trained_layers)
     images, mask = _patches(features, mask)
     maps = encoder.conv_stem(images.to(encoder.dtype))
     for layer in encoder.layer[: -len(last_layers(encoder, trained_layers))]:
@@ -116,9 +115,13 @@ def encode_frozen_part(
 
 
 def encode_rest(encoder: PreTrainedModel, hidden_states: Tensor, mask: Tensor, trained_layers: int) -> Tensor:
-    """The tokens `(batch, steps, bands, hidden)` that the trained layers make of [`encode_frozen_part`]'s hidden states."""
+    """
+    The tokens `(batch, steps, bands, hidden)` that the trained layers make of [`encode_frozen_part`]'s hidden states, with
+    its errors. Without trained layers these are the tokens already.
+    """
     if not trained_layers:
         return hidden_states
+    _check_steps_are_separate(encoder, trained_layers)
     real = hidden_states[mask].to(encoder.dtype).mT  # (real steps, channels, positions)
     height = round((real.shape[-1] * PATCH_FRAMES / PATCH_BANDS) ** 0.5)  # at every layer in a patch's own proportions
     maps = real.unflatten(-1, (height, -1))
@@ -126,6 +129,14 @@ def encode_rest(encoder: PreTrainedModel, hidden_states: Tensor, mask: Tensor, t
         maps = layer(maps)
     tokens = maps.flatten(2).mT
     return tokens.new_zeros(*mask.shape, *tokens.shape[1:]).masked_scatter(mask[..., None, None], tokens)
+
+
+def _check_steps_are_separate(encoder: PreTrainedModel, trained_layers: int) -> None:
+    if encoder.config.model_type != "mobilenet_v1":
+        raise ValueError(
+            f"The hidden states of {encoder.config.model_type} cannot be kept while num_trained_audio_layers="
+            f"{trained_layers} of its layers train: set it to 0, or set cache_encoder_tokens to false."
+        )
 
 
 def _prefix_mask(lengths: Tensor, size: int) -> Tensor:

@@ -22,7 +22,8 @@ class LambConfig(PreTrainedConfig):
         audio_config: the encoder's configuration: CED (default), Whisper, AST or MobileNetV1 (YAMNet).
         text_config: any causal LM's configuration (default: Llama).
         audio_model_id, text_model_id (`str`, *optional*): folder or Hub id of the frozen backbone's weights. A backbone
-            that is named here is left out of saved checkpoints and read from there on loading.
+            that is named here, and of which no weight trains, is left out of saved checkpoints and read from there on
+            loading.
         audio_model_revision, text_model_revision (`str`, *optional*): commit, tag or branch of the above.
         freeze_audio_encoder, freeze_text_model (`bool`): keep the backbone's own weights fixed; LoRA still trains.
         num_trained_audio_layers (`int`): last layers of a frozen encoder that train all the same (ours: 0).
@@ -158,9 +159,10 @@ class LambConfig(PreTrainedConfig):
         return config.hidden_size
 
     @property
-    def audio_encoder_is_published(self) -> bool:
-        """Whether no weight of the encoder's own trains, so that it stays what `audio_model_id` names."""
-        return self.freeze_audio_encoder and not self.num_trained_audio_layers
+    def trained_backbones(self) -> set[str]:
+        """Backbones of which weights of their own train, not LoRA alone: they are no longer what their id names."""
+        audio = not self.freeze_audio_encoder or self.num_trained_audio_layers
+        return ({"audio_encoder"} if audio else set()) | (set() if self.freeze_text_model else {"language_model"})
 
     @property
     def adapter_heads(self) -> int:

@@ -181,7 +181,8 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
             for key, parameter in getattr(self, name).named_parameters():
                 if parameter.is_floating_point():
                     parameter.requires_grad_("lora_" in key or not frozen)
-        last_layers(self.audio_encoder, self.config.num_trained_audio_layers).requires_grad_()
+        for layer in last_layers(self.audio_encoder, self.config.num_trained_audio_layers):
+            layer.requires_grad_()
         guided = self.config.guide_metric != "none" and self.config.guided_loss_weight != 0
         self.token_guide.beta.requires_grad_(guided)
 
@@ -244,7 +245,7 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
         """
         output: Any = None
         if audio_hidden_states is None:
-            frozen = self.config.audio_encoder_is_published and self.config.audio_peft_config is None
+            frozen = "audio_encoder" not in self.config.trained_backbones and self.config.audio_peft_config is None
             with torch.no_grad() if frozen else nullcontext():
                 audio_hidden_states, audio_hidden_mask, output = encode_audio(
                     self.audio_encoder, input_features, input_features_mask, **kwargs
@@ -333,7 +334,7 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
             input_features_mask: `(clips, frames)`, 1 at real frames.
             labels: `(batch, length)`, the caption's tokens and EOS in their places, -100 elsewhere.
             audio_embeds: z_a by row, as this returns it, instead of features.
-            audio_hidden_states, audio_hidden_mask: the encoder's tokens, as [`get_audio_features`] takes them.
+            audio_hidden_states, audio_hidden_mask: what the encoder gave before, as [`get_audio_features`] takes it.
             clip_ids: `(batch,)` integers; captions of one clip are not each other's negatives in InfoNCE.
             num_items_in_batch: caption tokens of all accumulated batches, from the Trainer.
             alignment_only: compute the aligner's losses and no logits, to train the adapter without running the LLM.
@@ -773,9 +774,7 @@ class LambForAudioCaptioning(PreTrainedModel, GenerationMixin):
         """
         left_out = set()
         for backbone, setting in self._backbones.items():
-            frozen = getattr(
-                self.config, "audio_encoder_is_published" if backbone == "audio_encoder" else "freeze_text_model"
-            )
+            frozen = backbone not in self.config.trained_backbones
             named = getattr(self.config, setting) is not None
             if save_backbones is False and not (frozen and named):
                 raise ValueError(

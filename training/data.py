@@ -61,7 +61,8 @@ class EncodedClips(Dataset):
         max_seconds: float | None = None,
     ) -> None:
         digest, trained = hashlib.sha256(), model.config.num_trained_audio_layers
-        changing = {tensor.data_ptr() for tensor in last_layers(model.audio_encoder, trained).state_dict().values()}
+        layers = last_layers(model.audio_encoder, trained)
+        changing = {tensor.data_ptr() for layer in layers for tensor in layer.state_dict().values()}
         for tensor in model.audio_encoder.state_dict().values():  # in half precision, as small checkpoints hold it
             if tensor.data_ptr() not in changing:
                 digest.update(tensor.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())

@@ -52,7 +52,8 @@ def estimate_memory(
     """
     The memory of one step on one GPU.
 
-    The adapter and the LLM are run on torch's meta device, and what autograd keeps is counted.
+    The adapter and the LLM are run on torch's meta device, and what autograd keeps is counted. What a trained encoder
+    keeps is not.
 
     Args:
         config: of the model, with its LoRA.

@@ -147,8 +147,7 @@ def problems(folder: str | Path) -> list[str]:
                 if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                     found.append(f"{file.name}: {key} holds NaN or infinite values.")
     if (folder / "config.json").is_file():
-        config = LambConfig.from_pretrained(folder)
-        text_model_id = str(config.text_model_id or config.text_config._name_or_path)  # type: ignore[union-attr]
+        text_model_id = str(LambConfig.from_pretrained(folder).text_model_id or "")
         base = [key for key in keys if key.startswith("language_model.") and "lora_" not in key]
         if base and GATED.search(text_model_id):
             found.append(
@@ -209,6 +208,7 @@ def render_card(run: str | Path, repo_id: str) -> ModelCard:
         summary=said.get("summary", "Describes what is heard in a recording."),
         audio_model=said.get("audio_model") or config.audio_model_id or config.audio_config.model_type,
         text_model=said.get("text_model") or config.text_model_id or config.text_config.model_type,
+        trained_audio_layers=config.num_trained_audio_layers,
         adapter=f"{adapters[config.adapter_type]} ({config.num_audio_tokens} embeddings a clip)",
         lora=config.peft_config,
         parameters=f"{environment['parameters']:,}",

@@ -27,13 +27,8 @@ logger = logging.get_logger(__name__)
 CHANGEABLE = {
     f.name for f in dataclasses.fields(LambConfig) if f.name.endswith("_weight") or f.name.startswith("kernel")
 }
-CHANGEABLE |= {
-    "info_nce_temperature",
-    "guide_metric",
-    "freeze_audio_encoder",
-    "freeze_text_model",
-    "num_trained_audio_layers",
-}
+FOR_ALL_STAGES = {"freeze_audio_encoder", "freeze_text_model", "num_trained_audio_layers"}
+CHANGEABLE |= {"info_nce_temperature", "guide_metric", *FOR_ALL_STAGES}
 
 
 @dataclass
@@ -148,7 +143,7 @@ class Recipe:
         output_dir: where checkpoints, logs and the result go.
         model: fields of LambConfig; `audio_model_id: yamnet` stands for the converted YAMNet.
         processor: `prompt_template`, `prompt`.
-        init_from: a LAMB checkpoint to go on from, instead of `model`.
+        init_from: a LAMB checkpoint to go on from; `model` may then change what is no architecture.
         train: sources of clips, read one after the other and shuffled together.
         validation: a source of clips.
         shuffle_buffer: stream the training sources (`hub` alone) instead of holding them, and draw each row from so many;
@@ -157,7 +152,8 @@ class Recipe:
         spec_augment: `{time, frequency, count}`, masks on the training features (not on cached tokens).
         generation: arguments of `generate` for the captions of the validation clips; they become the model's own defaults.
         load: arguments of `LambForAudioCaptioning.from_pretrained` (`dtype`, `quantization_config`).
-        cache_encoder_tokens: encode every clip once (the encoder must be frozen) and keep the tokens on disk.
+        cache_encoder_tokens: encode every clip once (the encoder must be frozen, MobileNet's last layers excepted) and keep
+            the tokens on disk.
         preprocessing_num_workers: processes that fill that cache, each on one CPU thread; 0 uses the model's device.
         save_dtype: of the weights that are saved at the end.
         stages: one after the other.
@@ -195,7 +191,7 @@ class Recipe:
         if self.init_from is None:
             return LambConfig.from_backbones(**self.model | {"audio_model_id": self._audio_model_id()})
         config = LambConfig.from_pretrained(self.init_from)
-        own = [name for name, published in self._backbones(config) if not published]
+        trained = config.trained_backbones
         for name, value in self.model.items():
             if name in CHANGEABLE:
                 setattr(config, name, value)
@@ -204,15 +200,9 @@ class Recipe:
                     f"{self.init_from} has {name}={getattr(config, name)!r}, the recipe {value!r}: what was trained with "
                     "one cannot go on with the other. Remove it from the recipe's model, or init_from."
                 )
-        for name, published in self._backbones(config):
-            if published and name in own:  # trained before and kept from now on: it is not what its name stands for
-                setattr(config, name, None)
+        for backbone in trained - config.trained_backbones:  # frozen from now on, but not what its id names
+            setattr(config, LambForAudioCaptioning._backbones[backbone], None)
         return config
-
-    @staticmethod
-    def _backbones(config: LambConfig) -> list[tuple[str, bool]]:
-        """The names of both backbones' ids, and whether the weights stay those that the id names."""
-        return [("audio_model_id", config.audio_encoder_is_published), ("text_model_id", config.freeze_text_model)]
 
     def build(self) -> tuple[LambForAudioCaptioning, LambProcessor]:
         """The model and processor to train. What trains is float32, whatever `load.dtype` the rest has."""
@@ -233,6 +223,8 @@ class Recipe:
                 model.config.audio_model_id = None
         for name, value in self.generation.items():
             setattr(model.generation_config, name, value)
+        if "audio_encoder" in config.trained_backbones:  # whole, lest its layers differ in what they expect
+            model.audio_encoder.float()
         for parameter in model.parameters():
             if parameter.requires_grad:  # an update of 3e-6 is lost in bfloat16's rounding
                 parameter.data = parameter.data.float()
@@ -287,6 +279,11 @@ def load_recipe(file: str | Path, overrides: dict[str, Any] | None = None) -> Re
         _check_names("stages", stage, Stage)
         _check_names("training", stage.get("training", {}), TrainingArguments)
         _check_names("model", stage.get("model", {}), LambConfig)
+        if fixed := set(stage.get("model", {})) & FOR_ALL_STAGES:
+            raise ValueError(
+                f"Stage {stage['name']} sets {', '.join(sorted(fixed))}, which is the same in all stages: what is saved at the "
+                "end depends on it. Set it in the recipe's model, or go on from this run with init_from."
+            )
         stages.append(Stage(**stage))
     recipe = Recipe(**data | {"stages": stages})
     if recipe.shuffle_buffer is not None:

@@ -1,18 +1,20 @@
 """Scores of captioned soundscapes: which events are named, and what controls that need no LAMB would reach."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from tqdm.auto import tqdm
 from transformers import MobileNetV1ForImageClassification, PreTrainedModel
 
 from modeling_lamb import LambForAudioCaptioning, LambProcessor
-from modeling_lamb.audio_encoders import encode_audio, encode_rest
+from modeling_lamb.audio_encoders import encode_audio
 from modeling_lamb.packaged_backbone import cache_folder
 
-from .convert_yamnet import yamnet_folder
+from .convert_yamnet import yamnet_feature_extractor, yamnet_folder
 from .data import EncodedClips
 from .event_scores import bootstrap, named_classes, score_soundscapes
 from .recipe import Source
@@ -43,9 +45,7 @@ def soundscape_rows(split: str, clips: int, per_class: int = 5) -> list[dict[str
     return rows
 
 
-def soundscape_scores(
-    model: str, rows: list[dict[str, Any]], train_clips: int, num_workers: int = 0, train_split: str = "train"
-) -> dict[str, Any]:
+def soundscape_scores(model: str, rows: list[dict[str, Any]], train_clips: int, num_workers: int = 0) -> dict[str, Any]:
     """
     Events named in captioned soundscapes (`soundscapes`), and the scores of `controls` that need no LAMB.
 
@@ -57,9 +57,9 @@ def soundscape_scores(
     Args:
         model: whose encoder they use.
         rows: captioned clips of [`soundscape_rows`].
-        train_clips: how many training clips they know; 0 leaves the controls out.
+        train_clips: how many training clips they know, of the split that the model's recipe names; 0 leaves the controls
+            out.
         num_workers: processes that encode these.
-        train_split: what they are composed of.
     """
     keywords = {name: sound.keywords for name, sound in read_classes().items()}
     events, kinds = [row["events"] for row in rows], [row["kind"] for row in rows]
@@ -68,18 +68,20 @@ def soundscape_scores(
     if not train_clips:
         return own
     lamb, processor = LambForAudioCaptioning.from_pretrained(model), LambProcessor.from_pretrained(model)
-    clips, name = Source(soundscapes={"split": train_split, "clips": train_clips, "seed": 0}).read()
+    lamb.config.num_trained_audio_layers = 0  # nothing trains here: the tokens themselves are kept
+    source = {"split": _train_split(model), "clips": train_clips, "seed": 0}
+    clips, name = Source(soundscapes=source).read()
     encoded = EncodedClips(clips, processor, lamb.eval(), cache_folder() / "encoder-tokens", name, num_workers)
     said = [item["captions"][0] for item in encoded.items]
-    seen = np.stack([_mean(_finished(lamb, encoded[number]["audio_hidden_states"])) for number in range(len(encoded))])
+    seen = np.stack([_mean(encoded[number]["audio_hidden_states"]) for number in range(len(encoded))])
     audio = [row["audio"]["array"] for row in rows]
-    heard = _tokens(lamb.audio_encoder, processor, audio)
+    heard = _tokens(lamb.audio_encoder, processor.feature_extractor, audio)
 
     controls = {
         "most_frequent": [Counter(said).most_common(1)[0][0]] * len(rows),
         "shuffled": [captions[number] for number in _derangement(len(rows))],
         "nearest_neighbour": [said[number] for number in _nearest(seen, np.stack([_mean(t) for t in heard]))],
-        "yamnet_tags": _tag_captions(processor, audio),
+        "yamnet_tags": _tag_captions(audio),
     }
     systems: dict[str, Any] = {}
     for name, texts in controls.items():
@@ -95,7 +97,14 @@ def soundscape_scores(
     systems["probe"] = {"single_accuracy": bootstrap(probe)}
     systems["majority_class"] = {"single_accuracy": bootstrap([float(majority == name) for name in truth])}
     systems["random_class"] = {"single_accuracy": bootstrap([1 / len(set(truth))] * len(truth))}
-    return own | {"classes": len(set(truth)), "controls": systems}
+    return own | {"classes": len(set(truth)), "controls": systems, "controls_know": source}
+
+
+def _train_split(model: str) -> str:
+    """Of which soundscapes a run's folder says that it was trained on; `train` where it says nothing."""
+    file = Path(model) / "recipe.yaml"
+    sources = yaml.safe_load(file.read_text(encoding="utf-8"))["train"] if file.is_file() else []
+    return next((given["split"] for source in sources if (given := source.get("soundscapes"))), "train")
 
 
 def _probe(seen: np.ndarray, names: list[str], heard: np.ndarray, truth: list[str]) -> list[float]:
@@ -128,10 +137,10 @@ def _derangement(count: int) -> np.ndarray:
 
 
 @torch.inference_mode()
-def _tag_captions(processor: LambProcessor, clips: list[np.ndarray]) -> list[str]:
+def _tag_captions(clips: list[np.ndarray]) -> list[str]:
     yamnet = MobileNetV1ForImageClassification.from_pretrained(yamnet_folder()).eval()
     captions = []
-    for tokens in _tokens(yamnet.mobilenet_v1, processor, clips):
+    for tokens in _tokens(yamnet.mobilenet_v1, yamnet_feature_extractor(), clips):
         scores = yamnet.classifier(tokens.mean(1)).sigmoid().mean(0)
         first, second = (yamnet.config.id2label[int(index)].lower() for index in scores.topk(2).indices)
         captions.append(f"The sound of {first} and {second}.")
@@ -139,21 +148,14 @@ def _tag_captions(processor: LambProcessor, clips: list[np.ndarray]) -> list[str
 
 
 @torch.inference_mode()
-def _tokens(encoder: PreTrainedModel, processor: LambProcessor, clips: list[np.ndarray]) -> list[torch.Tensor]:
+def _tokens(encoder: PreTrainedModel, extractor: Any, clips: list[np.ndarray]) -> list[torch.Tensor]:
     """Encoder tokens `(steps, bands, hidden)` of each clip."""
     found = []
     for clip in tqdm(clips, desc="encoding", disable=None):
-        inputs = processor.feature_extractor(clip, sampling_rate=16000, return_tensors="pt")
+        inputs = extractor(clip, sampling_rate=16000, return_tensors="pt")
         tokens, mask, _ = encode_audio(encoder, inputs["input_features"], inputs["input_features_mask"])
         found.append(tokens[0, mask[0].bool()])
     return found
-
-
-@torch.inference_mode()
-def _finished(model: LambForAudioCaptioning, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Encoder tokens `(steps, bands, hidden)` of a clip of [`EncodedClips`]."""
-    everything = torch.ones(1, len(hidden_states), dtype=torch.bool)
-    return encode_rest(model.audio_encoder, hidden_states[None], everything, model.config.num_trained_audio_layers)[0]
 
 
 def _mean(tokens: torch.Tensor) -> np.ndarray:

@@ -115,11 +115,14 @@ def test_mobilenet_goes_on_from_what_its_frozen_layers_gave(trained_layers):
 def test_hidden_states_that_depend_on_later_steps_are_not_kept(name):
     with pytest.raises(ValueError, match="set it to 0, or set cache_encoder_tokens to false"):
         encode_frozen_part(encoder_of(name), *features_of(name, clips_of(name)), 1)
+    with pytest.raises(ValueError, match="set it to 0, or set cache_encoder_tokens to false"):
+        encode_rest(encoder_of(name), torch.zeros(1, 2, 4, 32), torch.ones(1, 2, dtype=torch.bool), 1)
 
 
 def test_more_layers_than_there_are(encoder_name):
-    with pytest.raises(ValueError, match="num_trained_audio_layers=99, but the encoder has"):
-        last_layers(encoder_of(encoder_name), 99)
+    for count in (99, -1):
+        with pytest.raises(ValueError, match=f"num_trained_audio_layers={count} must be from 0 to the encoder's"):
+            last_layers(encoder_of(encoder_name), count)
 
 
 def test_an_unknown_encoder_is_named():
@@ -182,6 +185,6 @@ def test_the_last_layers_of_a_frozen_encoder_may_train(pair, encoder_name):
     captions = ["A dog barks.", "Rain falls.", "A door slams."]
     model(**processor(audio=clips_of(encoder_name), sampling_rate=16000, captions=captions)).loss.backward()
     trained = {p for p in model.audio_encoder.parameters() if p.grad is not None}
-    assert trained == set(last_layers(model.audio_encoder, 1).parameters())
+    assert trained == {p for layer in last_layers(model.audio_encoder, 1) for p in layer.parameters()}
     assert any(p.grad.any() for p in trained)
     assert all(torch.equal(value, statistics[name]) for name, value in model.audio_encoder.named_buffers())

@@ -3,13 +3,14 @@ from pathlib import Path
 
 import pytest
 import soundfile
+import torch
 import yaml
-from conftest import noise, write_table
+from conftest import ENCODERS, noise, randomized, tiny_config, write_table
 from training_lamb.recipe import load_recipe
 from training_lamb.run import last_whole_checkpoint, plan
 
 import train
-from modeling_lamb import LambForAudioCaptioning
+from modeling_lamb import LambForAudioCaptioning, LambProcessor
 
 RECIPES = Path(__file__).parents[2] / "configs" / "recipes"
 
@@ -32,9 +33,10 @@ def test_flags_override_by_dotted_name():
         ({"sead": 1}, "Did you mean 'seed'"),
         ({"stages.0.training.learning_rat": 1}, "learning_rate"),
         ({"train.folders": "x"}, "Did you mean 'folder'"),
+        ({"stages.1.model": {"num_trained_audio_layers": 0}}, "is the same in all stages"),
     ],
 )
-def test_unknown_keys_are_refused_with_the_nearest(override, message):
+def test_wrong_keys_are_refused_with_what_is_right(override, message):
     with pytest.raises(ValueError, match=message):
         load_recipe(RECIPES / "mini.yaml", override)
 
@@ -97,6 +99,30 @@ def test_an_encoder_that_was_trained_is_kept_when_it_is_frozen(recipe, checkpoin
     assert load_recipe(recipe).config().audio_model_id == "mispeech/ced-base"
     frozen = load_recipe(recipe, {"model.num_trained_audio_layers": 0}).config()
     assert frozen.audio_model_id is None  # what is saved next holds its weights, which that name does not stand for
+
+
+def test_an_encoder_whose_last_layers_train_is_of_one_dtype(recipe):
+    model, _ = load_recipe(recipe, {"model.num_trained_audio_layers": 1, "load.dtype": "bfloat16"}).build()
+    assert model.language_model.dtype == torch.bfloat16
+    weights = [value for value in model.audio_encoder.state_dict().values() if value.is_floating_point()]
+    assert all(value.dtype == torch.float32 for value in weights)
+
+
+def test_last_layers_train_on_cached_states(recipe, checkpoint, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("LAMB_CACHE", str(tmp_path / "cache"))
+    settings, extractor = ENCODERS["mobilenet"]
+    before = randomized(LambForAudioCaptioning(tiny_config(audio_config=settings, num_trained_audio_layers=2)), 0.5)
+    before.save_pretrained(checkpoint)
+    LambProcessor(extractor(), tokenizer, num_audio_tokens=4).save_pretrained(checkpoint)
+    stage = {"max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True, "learning_rate": 1e-2}
+    stages = [{"name": "alignment", "alignment_only": True, "training": stage}, {"name": "captions", "training": stage}]
+    data = yaml.safe_load(recipe.read_text()) | {"cache_encoder_tokens": True, "stages": stages}
+    recipe.write_text(yaml.safe_dump(data))
+    train.main([str(recipe)])
+    after = LambForAudioCaptioning.from_pretrained(tmp_path / "run").audio_encoder.state_dict()
+    moved = {name for name, value in before.audio_encoder.state_dict().items() if not torch.equal(value, after[name])}
+    assert moved and all(int(name.split(".")[1]) >= 22 for name in moved)  # of 26 modules the last four, two pairs
+    assert not any("running" in name for name in moved)
 
 
 def test_train_py_trains_scores_and_goes_on(recipe, tmp_path):

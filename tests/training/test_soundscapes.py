@@ -37,6 +37,8 @@ def recordings(cache):
 def test_several_splits_train_together(recordings):
     corpus = SoundscapeCorpus("train+test", recordings=recordings)
     assert all(len(families) == 2 for families in corpus.families.values())
+    with pytest.raises(ValueError, match="There is no split valid: choose train"):
+        SoundscapeCorpus("train+valid", recordings=recordings)
     assert (
         len(corpus.compose(0).captions) == 1
         and len(SoundscapeCorpus("test", recordings=recordings).compose(0).captions) == 5

@@ -77,19 +77,22 @@ class SoundscapeCorpus:
         recordings: Sequence[Recording] | None = None,
         classes: dict[str, SoundClass] | None = None,
     ) -> None:
+        splits = split.split("+")
+        if unknown := set(splits) - {"train", "validation", "test"}:
+            raise ValueError(
+                f"There is no split {', '.join(unknown)}: choose train, validation or test, or several with +."
+            )
         self.split, self.seed = split, seed
         self.classes = classes or read_classes()
         self.families: dict[str, dict[int, list[Recording]]] = {}
         for recording in recordings or read_recordings():
-            if recording.split in split.split("+"):
+            if recording.split in splits:
                 families = self.families.setdefault(recording.class_name, {})
                 families.setdefault(recording.family, []).append(recording)
         if not self.families:
-            raise ValueError(
-                f"No recording is in the split {split!r}: choose train, validation or test, or several joined by +."
-            )
+            raise ValueError(f"No recording of the packages is in the split {split!r}.")
         self.names = sorted(self.families)
-        self._captions_per_clip = 1 if split.startswith("train") else 5
+        self._captions_per_clip = 1 if "train" in splits else 5
 
     def compose(self, index: int, kind: str | None = None, names: Sequence[str] | None = None) -> Soundscape:
         """
