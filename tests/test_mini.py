@@ -17,7 +17,6 @@ HEARD = {
     "frog": "frog",
     "horse": "horse",
     "owl": "owl",
-    "pig": "pig",
     "rooster": "rooster",
     "sheep": "sheep",
 }
