@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling_lamb import LambConfig, LambForAudioCaptioning
+from modeling_lamb.audio_encoders import PATCH_BANDS, PATCH_FRAMES, encode_audio
 
 OPTIMIZER_BYTES = 8  # AdamW's two float32 moments
 GIB = 2**30
@@ -52,8 +53,7 @@ def estimate_memory(
     """
     The memory of one step on one GPU.
 
-    The adapter and the LLM are run on torch's meta device, and what autograd keeps is counted. What a trained encoder
-    keeps is not.
+    Encoder, adapter and LLM are run on torch's meta device, and what autograd keeps is counted.
 
     Args:
         config: of the model, with its LoRA.
@@ -79,8 +79,9 @@ def estimate_memory(
 
     width = model.get_input_embeddings().embedding_dim
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    tokens, mask = _encoder_tokens(config, batch_size, seconds, dtype)
-    kept = _kept_for_backward(model.adapter, lambda: model.adapter(tokens, mask))
+    features = _features(config.audio_config, batch_size, seconds, dtype)
+    (tokens, mask, _), kept = _run(model.audio_encoder, lambda: encode_audio(model.audio_encoder, features, None))
+    kept += _run(model.adapter, lambda: model.adapter(tokens.detach(), mask))[1]
     logits = 0
     if not alignment_only:
         length = config.num_audio_tokens + text_tokens
@@ -88,7 +89,7 @@ def estimate_memory(
         # a whole mask, because a short one is looked into, which the meta device cannot
         causal = torch.ones(batch_size, 1, length, length, dtype=torch.bool, device="meta")
         inputs = {"inputs_embeds": embeds, "attention_mask": causal, "use_cache": False}
-        inner = _kept_for_backward(model.language_model, lambda: model.get_decoder()(**inputs).last_hidden_state)
+        _, inner = _run(model.language_model, lambda: model.get_decoder()(**inputs).last_hidden_state)
         if gradient_checkpointing:
             layers = config.get_text_config().num_hidden_layers
             inner = layers * embeds.numel() * embeds.element_size() + inner // layers
@@ -108,22 +109,20 @@ def estimate_memory(
     )
 
 
-def _encoder_tokens(config: LambConfig, batch: int, seconds: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Tokens of the size that the encoder gives, and their mask."""
-    audio: Any = config.audio_config
-    steps_per_second, bands = {
-        "ced": (100 / 16, 4),
-        "whisper": (50.0, 1),
-        "audio-spectrogram-transformer": (10.0, 12),
-        "mobilenet_v1": (1 / 0.48, 6),
-    }[audio.model_type]
-    steps = max(1, round(seconds * steps_per_second))
-    tokens = torch.empty(batch, steps, bands, config.audio_hidden_size, dtype=dtype, device="meta")
-    return tokens, torch.ones(batch, steps, dtype=torch.bool, device="meta")
+def _features(audio: Any, batch: int, seconds: float, dtype: torch.dtype) -> Tensor:
+    """Log-mel features of the size that the encoder reads: Whisper and AST pad to a length of their own."""
+    frames = max(PATCH_FRAMES, round(100 * seconds))
+    shape = {
+        "ced": lambda: (audio.num_mel_bins, frames),
+        "whisper": lambda: (audio.num_mel_bins, 2 * audio.max_source_positions),
+        "audio-spectrogram-transformer": lambda: (audio.max_length, audio.num_mel_bins),
+        "mobilenet_v1": lambda: (PATCH_BANDS, frames),
+    }[audio.model_type]()
+    return torch.empty(batch, *shape, dtype=dtype, device="meta")
 
 
-def _kept_for_backward(module: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes of the tensors that autograd keeps of `forward`, each storage once and without the parameters."""
+def _run(module: nn.Module, forward: Callable[[], Any]) -> tuple[Any, int]:
+    """What `forward` gives, and the bytes that autograd keeps of it, each storage once and without the parameters."""
     own = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
     kept: dict[int, Tensor] = {}  # the tensors themselves, lest a storage's address is used again
 
@@ -133,6 +132,4 @@ def _kept_for_backward(module: nn.Module, forward: Callable[[], Tensor]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = forward()
-    total = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
-    del output
-    return total
+    return output, sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)

@@ -69,7 +69,7 @@ def soundscape_scores(model: str, rows: list[dict[str, Any]], train_clips: int, 
         return own
     lamb, processor = LambForAudioCaptioning.from_pretrained(model), LambProcessor.from_pretrained(model)
     lamb.config.num_trained_audio_layers = 0  # nothing trains here: the tokens themselves are kept
-    source = {"split": _train_split(model), "clips": train_clips, "seed": 0}
+    source = {"split": trained_split(model), "clips": train_clips, "seed": 0}
     clips, name = Source(soundscapes=source).read()
     encoded = EncodedClips(clips, processor, lamb.eval(), cache_folder() / "encoder-tokens", name, num_workers)
     said = [item["captions"][0] for item in encoded.items]
@@ -100,7 +100,7 @@ def soundscape_scores(model: str, rows: list[dict[str, Any]], train_clips: int, 
     return own | {"classes": len(set(truth)), "controls": systems, "controls_know": source}
 
 
-def _train_split(model: str) -> str:
+def trained_split(model: str | Path) -> str:
     """Of which soundscapes a run's folder says that it was trained on; `train` where it says nothing."""
     file = Path(model) / "recipe.yaml"
     sources = yaml.safe_load(file.read_text(encoding="utf-8"))["train"] if file.is_file() else []

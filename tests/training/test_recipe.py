@@ -6,6 +6,7 @@ import soundfile
 import torch
 import yaml
 from conftest import ENCODERS, noise, randomized, tiny_config, write_table
+from training_lamb.memory import estimate_memory
 from training_lamb.recipe import load_recipe
 from training_lamb.run import last_whole_checkpoint, plan
 
@@ -84,6 +85,14 @@ def test_the_plan_names_data_parameters_steps_and_memory(recipe):
     text = plan(load_recipe(recipe))
     assert "1 clips, 2 captions" in text and "2 steps of 2 clips" in text
     assert "trains lora" in text and "ZeRO-3 on 8" in text and "on 24 GiB" in text
+
+
+@pytest.mark.parametrize("encoder_name", ENCODERS)
+def test_the_plan_counts_what_a_trained_encoder_keeps(encoder_name):
+    def kept(**settings):
+        return estimate_memory(tiny_config(audio_config=ENCODERS[encoder_name][0], **settings), 2).activations
+
+    assert kept() < kept(num_trained_audio_layers=1) < kept(freeze_audio_encoder=False)
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(recipe):

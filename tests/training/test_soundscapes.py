@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import soundfile
 from training_lamb.event_scores import named_classes
+from training_lamb.soundscape_scoring import trained_split
 from training_lamb.soundscapes import sources
 from training_lamb.soundscapes.mixing import SoundscapeCorpus
 from training_lamb.soundscapes.sources import Recording, fetch, read_classes
+
+from modeling_lamb import default_checkpoint
 
 CLASSES = ("dog", "bell", "rain", "door", "piano")
 
@@ -43,6 +46,11 @@ def test_several_splits_train_together(recordings):
         len(corpus.compose(0).captions) == 1
         and len(SoundscapeCorpus("test", recordings=recordings).compose(0).captions) == 5
     )
+
+
+def test_controls_know_the_recordings_that_the_model_was_trained_on(tmp_path):
+    assert trained_split(default_checkpoint()) == "train+validation"
+    assert trained_split(tmp_path) == "train"  # a model of which no recipe tells
 
 
 def test_table_keeps_the_splits_apart_and_says_every_class():

@@ -2,10 +2,13 @@
 Trains tiny LAMBs for the tests of many processes: `python train_tiny.py RUNS`, or under torchrun.
 
 RUNS is a JSON list of `out`, `ranks` that must be there, `model` (fields of LambConfig), `training` (of TrainingArguments),
-`rows`. Rank 0 writes the trained parameters (`trained.safetensors`) and what was logged (`log.json`) to `out`.
+`rows`, and where wanted `resume`, `dies` (the step after which it is killed), `save` and `fsdp`. Rank 0 writes the trained
+parameters (`trained.safetensors`) and what was logged (`log.json`) to `out`.
 """
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -21,9 +24,20 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from training_lamb.data import CaptionCollator
 from training_lamb.trainer import LambTrainer
-from transformers import PreTrainedTokenizerFast, TrainingArguments
+from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 
 from modeling_lamb import LambFeatureExtractor, LambForAudioCaptioning, LambProcessor
+
+
+class DiesAtStep(TrainerCallback):
+    """Every rank is killed after `step`, as by a machine that goes away."""
+
+    def __init__(self, step: int | None) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def train(settings: dict) -> None:
@@ -56,6 +70,7 @@ def train(settings: dict) -> None:
         train_dataset=rows,
         data_collator=CaptionCollator(processor),
         processing_class=processor,
+        callbacks=[DiesAtStep(settings.get("dies"))],
     )
     if settings.get("fsdp"):
         save_sharded_step(
