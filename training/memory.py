@@ -81,7 +81,8 @@ def estimate_memory(
     vocabulary = model.get_output_embeddings().weight.shape[0]
     features = _features(config.audio_config, batch_size, seconds, dtype)
     (tokens, mask, _), kept = _run(model.audio_encoder, lambda: encode_audio(model.audio_encoder, features, None))
-    kept += _run(model.adapter, lambda: model.adapter(tokens.detach(), mask))[1]
+    tokens, mask = (part.detach().reshape(batch_size, -1, *part.shape[2:]) for part in (tokens, mask))
+    kept += _run(model.adapter, lambda: model.adapter(tokens, mask))[1]
     logits = 0
     if not alignment_only:
         length = config.num_audio_tokens + text_tokens
@@ -110,8 +111,13 @@ def estimate_memory(
 
 
 def _features(audio: Any, batch: int, seconds: float, dtype: torch.dtype) -> Tensor:
-    """Log-mel features of the size that the encoder reads: Whisper and AST pad to a length of their own."""
+    """
+    Log-mel features of the size that the encoder reads: Whisper and AST pad to a length of their own, and CED, which reads
+    longer clips in windows, gets the windows as clips.
+    """
     frames = max(PATCH_FRAMES, round(100 * seconds))
+    if audio.model_type == "ced" and frames > audio.max_frames:
+        batch, frames = batch * -(-frames // audio.max_frames), audio.max_frames
     shape = {
         "ced": lambda: (audio.num_mel_bins, frames),
         "whisper": lambda: (audio.num_mel_bins, 2 * audio.max_source_positions),
