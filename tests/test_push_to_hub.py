@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -348,6 +349,21 @@ def test_the_card_says_what_was_measured_and_nothing_else(run_folder):
     (result,) = card.data.eval_results
     assert result.metric_value == 0.5 and "greedy decoding, n 40" in result.metric_name
     assert not any(residue in card.content for residue in ("{{", "{%", "None", "TODO"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, "`, a Two-Stream Adapter"),
+        ({"num_trained_audio_layers": 1}, "` (last layers that were trained here: 1), a Two-Stream Adapter"),
+        ({"freeze_audio_encoder": False}, "` (trained here), a Two-Stream Adapter"),
+    ],
+)
+def test_the_card_says_how_much_of_the_encoder_was_trained(run_folder, tmp_path, fields, said):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | fields))
+    assert said in render_card(run, REPO).text
 
 
 @pytest.fixture

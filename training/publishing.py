@@ -208,6 +208,7 @@ def render_card(run: str | Path, repo_id: str) -> ModelCard:
         summary=said.get("summary", "Describes what is heard in a recording."),
         audio_model=said.get("audio_model") or config.audio_model_id or config.audio_config.model_type,
         text_model=said.get("text_model") or config.text_model_id or config.text_config.model_type,
+        frozen_encoder=config.freeze_audio_encoder,
         trained_audio_layers=config.num_trained_audio_layers,
         adapter=f"{adapters[config.adapter_type]} ({config.num_audio_tokens} embeddings a clip)",
         lora=config.peft_config,
