@@ -1,5 +1,6 @@
 """Where recordings come from: containers made in code, phrases that no other class claims, packages half fetched."""
 
+import gzip
 import io
 import struct
 import subprocess
@@ -13,7 +14,7 @@ import soundfile
 from training_lamb.event_scores import named_classes
 from training_lamb.recipe import Source
 from training_lamb.soundscapes import sources
-from training_lamb.soundscapes.containers import cat_members, rcc_members, read_audio
+from training_lamb.soundscapes.containers import cat_members, ocg_members, rcc_members, read_audio
 from training_lamb.soundscapes.sources import fetch, package_folder, read_classes
 
 
@@ -46,7 +47,30 @@ def test_qt_resource(packed, version):
     assert rcc_members(_rcc("bark.wav", b"sound" * 9, packed, version)) == {"a/bark.wav": b"sound" * 9}
 
 
+def _ocg(members: dict[str, bytes | dict]) -> bytes:
+    """A Clonk group, those in it not packed."""
+    head = bytearray(b"RedWolf Design GrpFolder".ljust(36, b"\0") + struct.pack("<i", len(members)) + bytes(164))
+    for i in range(0, 202, 3):
+        head[i], head[i + 2] = head[i + 2], head[i]
+    records, bodies = b"", b""
+    for name, held in members.items():
+        body = _ocg(held) if isinstance(held, dict) else held
+        record = name.encode().ljust(260, b"\0") + struct.pack("<5i", 0, isinstance(held, dict), len(body), 0, len(bodies))
+        records, bodies = records + record.ljust(316, b"\0"), bodies + body
+    return bytes(byte ^ 237 for byte in head) + records + bodies
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_clonk_group_is_read(packed, tmp_path):
+    group = _ocg({"licence.txt": b"CC0", "Tree.ocg": {"Chop1.wav": _wav(), "Chop2.wav": _wav()[:60]}})
+    (tmp_path / "Sound.ocg").write_bytes(b"\x1e\x8c" + gzip.compress(group)[2:] if packed else group)
+    assert ocg_members(group)["Tree.ocg/Chop2.wav"] == _wav()[:60]
+    assert len(read_audio(tmp_path, "Sound.ocg!/Tree.ocg/Chop1.wav")) == 8000
+
+
 def test_what_is_no_container_is_refused():
+    with pytest.raises(ValueError, match="not a Clonk group"):
+        ocg_members(bytes(400))
     with pytest.raises(ValueError, match="not a Qt resource"):
         rcc_members(b"RIFF" + bytes(40))
     with pytest.raises(ValueError, match="not a sample catalogue"):

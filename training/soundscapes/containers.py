@@ -1,4 +1,4 @@
-"""Recordings inside other files: zip (pk3), Qt resources (.rcc), OpenTTD sample catalogues (.cat), SoundFonts (.sf2).
+"""Recordings inside other files: zip (pk3), Qt resources (.rcc), OpenTTD catalogues (.cat), Clonk groups (.ocg), SoundFonts (.sf2).
 
 A table path is `file` or `container!/inner`. For a SoundFont the inner part is `bank.program.keys.seconds`: one or
 more keys joined by hyphens, played one after another in so many seconds. `FluidR3_GM.sf2!/0.125.60.3` is the General
@@ -75,8 +75,32 @@ def cat_members(data: bytes) -> dict[str, bytes]:
     return members
 
 
+def ocg_members(data: bytes) -> dict[str, bytes]:
+    """Inner path -> bytes of an OpenClonk group: gzip under a mark of its own, with groups in it as folders.
+
+    The head has 204 bytes, each xored with 237, and of every three the first and the last change places; then comes a record
+    of 316 bytes a member, then the members. Raises ValueError when `data` is no such group.
+    """
+    if data[:2] == b"\x1e\x8c":
+        data = zlib.decompress(b"\x1f\x8b" + data[2:], wbits=31)
+    head = bytearray(byte ^ 237 for byte in data[:204])
+    for i in range(0, len(head) - 2, 3):
+        head[i], head[i + 2] = head[i + 2], head[i]
+    if not head.startswith(b"RedWolf Design GrpFolder"):
+        raise ValueError(f"not a Clonk group: its head says {bytes(head[:24])!r}")
+    (count,) = struct.unpack("<i", head[36:40])
+    found: dict[str, bytes] = {}
+    for start in range(204, 204 + 316 * count, 316):
+        name = data[start : start + 260].split(b"\0")[0].decode("latin-1")
+        _, is_group, size, _, offset = struct.unpack("<5i", data[start + 260 : start + 280])
+        offset += 204 + 316 * count
+        body = data[offset : offset + size]
+        found |= {f"{name}/{path}": held for path, held in ocg_members(body).items()} if is_group else {name: body}
+    return found
+
+
 def members(path: Path) -> dict[str, bytes]:
-    """Inner path -> bytes of the sounds in a zip, Qt resource or sample catalogue; read once while the file is the same."""
+    """Inner path -> bytes of the sounds in a zip, Qt resource, sample catalogue or Clonk group; read once while the file is the same."""
     return _members(path, path.stat().st_mtime)
 
 
@@ -85,7 +109,7 @@ def _members(path: Path, _stamp: float) -> dict[str, bytes]:
     if path.suffix in (".pk3", ".zip"):
         with zipfile.ZipFile(path) as archive:
             return {name: archive.read(name) for name in archive.namelist() if Path(name).suffix.lower() in SOUNDS}
-    return {".rcc": rcc_members, ".cat": cat_members}[path.suffix](path.read_bytes())
+    return {".rcc": rcc_members, ".cat": cat_members, ".ocg": ocg_members}[path.suffix](path.read_bytes())
 
 
 @cache

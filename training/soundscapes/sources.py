@@ -19,7 +19,7 @@ from .containers import SOUNDS, members
 
 logger = logging.get_logger(__name__)
 FOLDER = Path(__file__).parent
-KEPT = SOUNDS | {".zip", ".pk3", ".rcc", ".cat", ".sf2"}
+KEPT = SOUNDS | {".zip", ".pk3", ".rcc", ".cat", ".ocg", ".sf2"}
 
 
 @dataclass(frozen=True)
