@@ -357,6 +357,7 @@ def test_the_card_says_what_was_measured_and_nothing_else(run_folder):
         ({}, "`, a Two-Stream Adapter"),
         ({"num_trained_audio_layers": 1}, "` (last layers that were trained here: 1), a Two-Stream Adapter"),
         ({"freeze_audio_encoder": False}, "` (trained here), a Two-Stream Adapter"),
+        ({"audio_peft_config": {"r": 4}}, "` with LoRA of rank 4, a Two-Stream Adapter"),
     ],
 )
 def test_the_card_says_how_much_of_the_encoder_was_trained(run_folder, tmp_path, fields, said):

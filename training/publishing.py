@@ -212,6 +212,7 @@ def render_card(run: str | Path, repo_id: str) -> ModelCard:
         trained_audio_layers=config.num_trained_audio_layers,
         adapter=f"{adapters[config.adapter_type]} ({config.num_audio_tokens} embeddings a clip)",
         lora=config.peft_config,
+        audio_lora=config.audio_peft_config,
         parameters=f"{environment['parameters']:,}",
         trained=f"{sum(environment['trainable_parameters'].values()):,}",
         scores=_scores(scores, said) if scores else None,
