@@ -58,7 +58,8 @@ def run_folder(tmp_path_factory, trained_tokenizer):
     (folder / "data.json").write_text(json.dumps([{"name": "tones", "clips": 4, "left_out": {"missing": 1}}]))
     log = [{"step": n, "loss": 3.0 - n, "decoder_loss": 2.0 - n, "modality_gap": 1.0} for n in (1, 2)]
     (folder / "captioning").mkdir()
-    state = {"global_step": 2, "log_history": [*log, {"train_runtime": 90.0}]}
+    pace = {"train_runtime": 90.0, "train_steps_per_second": 1 / 90}  # it was interrupted after the first step
+    state = {"global_step": 2, "log_history": [*log, pace]}
     (folder / "captioning" / "trainer_state.json").write_text(json.dumps(state))
     (folder / "scores").mkdir()
     scores = {
@@ -344,6 +345,7 @@ def test_dry_run_writes_the_repository_and_sends_nothing(hub, run_folder, tmp_pa
 def test_the_card_says_what_was_measured_and_nothing_else(run_folder):
     card = render_card(run_folder, REPO)
     assert "| CIDEr-D | 0.500 | 0.400 to 0.600 | 40 |" in card.text
+    assert "2 steps of 2 clips at a rate of 0.001, 3 minutes." in card.text
     assert "tones, 4 clips, 1 missing" in card.text and "It is tiny and random." in card.text
     assert "Not computed: SPICE" in card.text and "| CIDEr-D | 91.1 |" in card.text  # the paper's, in its own column
     (result,) = card.data.eval_results

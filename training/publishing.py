@@ -296,7 +296,8 @@ def _stage(folder: Path, stage: dict[str, Any]) -> dict[str, Any]:
         "steps": state.get("global_step", "?"),
         "batch": training.get("per_device_train_batch_size", 8) * training.get("gradient_accumulation_steps", 1),
         "rate": training.get("learning_rate", 5e-5),
-        "minutes": round(end["train_runtime"] / 60) if end else "?",
+        # of all steps at the pace of those since the last interruption, which is what the Trainer times
+        "minutes": round(state["global_step"] / end["train_steps_per_second"] / 60) if end else "?",
         "terms": terms,
         "curve": [[entry["step"], *(f"{float(entry[term]):.3f}" for term in terms)] for entry in shown],
     }

@@ -55,7 +55,9 @@ def _ocg(members: dict[str, bytes | dict]) -> bytes:
     records, bodies = b"", b""
     for name, held in members.items():
         body = _ocg(held) if isinstance(held, dict) else held
-        record = name.encode().ljust(260, b"\0") + struct.pack("<5i", 0, isinstance(held, dict), len(body), 0, len(bodies))
+        record = name.encode().ljust(260, b"\0") + struct.pack(
+            "<5i", 0, isinstance(held, dict), len(body), 0, len(bodies)
+        )
         records, bodies = records + record.ljust(316, b"\0"), bodies + body
     return bytes(byte ^ 237 for byte in head) + records + bodies
 
