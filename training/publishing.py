@@ -283,7 +283,8 @@ def _eval_results(scores: dict[str, Any], said: dict[str, Any]) -> list[EvalResu
 
 def _stage(folder: Path, stage: dict[str, Any]) -> dict[str, Any]:
     state, log = _json(folder / "trainer_state.json") or {"log_history": []}, _log(folder)
-    end: dict[str, Any] = next((entry for entry in state["log_history"] if "train_runtime" in entry), {})
+    # of the steps since the last interruption, which are what the Trainer times
+    pace = next((entry["train_steps_per_second"] for entry in state["log_history"] if "train_runtime" in entry), 0)
     terms = [
         term
         for term in ("decoder_loss", "guided_loss", "alignment_loss", "modality_gap", "modality_cosine", "guide_weight")
@@ -296,8 +297,7 @@ def _stage(folder: Path, stage: dict[str, Any]) -> dict[str, Any]:
         "steps": state.get("global_step", "?"),
         "batch": training.get("per_device_train_batch_size", 8) * training.get("gradient_accumulation_steps", 1),
         "rate": training.get("learning_rate", 5e-5),
-        # of all steps at the pace of those since the last interruption, which is what the Trainer times
-        "minutes": round(state["global_step"] / end["train_steps_per_second"] / 60) if end else "?",
+        "minutes": round(state["global_step"] / pace / 60) if pace else "?",
         "terms": terms,
         "curve": [[entry["step"], *(f"{float(entry[term]):.3f}" for term in terms)] for entry in shown],
     }
