@@ -151,7 +151,7 @@ class Recipe:
         max_seconds: longer clips are cropped to this, at random places in training; None takes them whole.
         spec_augment: `{time, frequency, count}`, masks on the training features (not on cached tokens).
         generation: arguments of `generate` for the captions of the validation clips; they become the model's own defaults,
-            beside `suppress_tokens`, the tokenizer's special tokens but those that end a caption.
+            beside `suppress_tokens`, where a checkpoint has none: the tokenizer's special tokens but those that end a caption.
         load: arguments of `LambForAudioCaptioning.from_pretrained` (`dtype`, `quantization_config`).
         cache_encoder_tokens: encode every clip once (the encoder must be frozen, MobileNet's last layers excepted) and keep
             the tokens on disk.
@@ -222,11 +222,12 @@ class Recipe:
                 self.model["audio_model_id"] == "yamnet"
             ):  # no hub serves it: its 3 million weights travel in the checkpoint
                 model.config.audio_model_id = None
-        ends = model.generation_config.eos_token_id
-        ends = {processor.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-        model.generation_config.suppress_tokens = [  # a chat's other marks are no part of a caption
-            i for i, token in processor.tokenizer.added_tokens_decoder.items() if token.special and i not in ends
-        ]
+        if model.generation_config.suppress_tokens is None:  # a chat's marks, but for the end, are no part of a caption
+            ends = model.generation_config.eos_token_id
+            ends = {processor.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+            model.generation_config.suppress_tokens = [
+                i for i, token in processor.tokenizer.added_tokens_decoder.items() if token.special and i not in ends
+            ]
         for name, value in self.generation.items():
             setattr(model.generation_config, name, value)
         if "audio_encoder" in config.trained_backbones:  # whole, lest its layers differ in what they expect

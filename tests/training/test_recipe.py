@@ -104,13 +104,16 @@ def test_a_checkpoint_of_another_architecture_is_refused(recipe):
     assert load_recipe(recipe, {"model.guide_metric": "l1"}).build()[0].config.guide_metric == "l1"
 
 
-def test_of_the_special_tokens_only_the_end_may_be_written(recipe):
+def test_of_the_special_tokens_only_the_end_may_be_written(recipe, checkpoint):
     model, processor = load_recipe(recipe).build()
     suppressed = set(model.generation_config.suppress_tokens)
     assert {processor.audio_token_id, processor.tokenizer.bos_token_id} <= suppressed
     assert processor.tokenizer.eos_token_id not in suppressed
     model, _ = load_recipe(recipe, {"generation.suppress_tokens": None}).build()
     assert model.generation_config.suppress_tokens is None
+    file = checkpoint / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"suppress_tokens": [5]}))
+    assert load_recipe(recipe).build()[0].generation_config.suppress_tokens == [5]
 
 
 def test_an_encoder_that_was_trained_is_kept_when_it_is_frozen(recipe, checkpoint):
